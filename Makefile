@@ -1,0 +1,57 @@
+# `make help` lists what can be made. PYTHON chooses the Python (>= 3.11) that makes .venv: make venv PYTHON=python3.12
+
+PYTHON = python3
+VENV = .venv
+BIN = $(VENV)/bin
+INSTALLED = $(VENV)/.installed
+BENCH = ethanol aspirin water
+# threads of one process in the tests, which run in two processes
+ONE_THREAD = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
+
+.NOTPARALLEL:
+.PHONY: help quickstart venv test lint format pytest wheel bench faults clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+
+quickstart: $(INSTALLED) ## install everything, then distil the default teacher for ethanol into runs/ethanol
+	$(BIN)/mlff distill examples/ethanol.yaml
+
+venv: $(INSTALLED) ## .venv with every extra, at the versions of constraints.txt
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { \
+		echo "$(PYTHON) was not found; name a Python >= 3.11: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "mlff-engines needs Python >= 3.11 and $(PYTHON) is $$($(PYTHON) -V 2>&1);" \
+			"name another: make PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt -e '.[all,dev]'
+	@touch $(INSTALLED)
+
+test: $(INSTALLED) lint pytest wheel ## lint, the test suite, and the wheel in an empty environment
+
+lint: $(INSTALLED) ## style, types, and who imports whom
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+format: $(INSTALLED) ## mend what ruff can mend by itself
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+pytest: $(INSTALLED) ## the test suite alone; choose tests with ARGS="-k cutoff"
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 $(ARGS)
+
+wheel: $(INSTALLED) ## build the wheel and try it in an empty environment
+	BUILD_PYTHON=$(BIN)/python .ci/wheel-smoke
+
+faults: $(INSTALLED) ## write docs/faults.md anew from the tests
+	$(BIN)/python tests/faults.py --write
+
+bench: $(INSTALLED) ## the accuracy figures of docs/benchmarks.md: 90 minutes per data set on two cores
+	for name in $(BENCH); do $(BIN)/mlff distill examples/benchmarks/$$name.yaml || exit 1; done
+
+clean: ## remove caches and build products, never .venv nor runs/
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,37 @@
+"""ASE's Atoms as the core's Structure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import ase.io
+import numpy as np
+from ase import Atoms
+
+from mlff_engines.errors import StructureError
+from mlff_engines.structure import Structure
+
+
+def to_structure(atoms: Atoms) -> Structure:
+    """Atoms with total charge `atoms.info["charge"]` (e, default 0) and `atoms.info["multiplicity"]` (default 1)."""
+    return Structure(
+        atoms.numbers,
+        atoms.positions,
+        np.asarray(atoms.cell),
+        atoms.pbc,
+        charge=float(atoms.info.get("charge", 0.0)),
+        spin=float(atoms.info.get("multiplicity", 1) - 1),
+    )
+
+
+def read(path: Path) -> list[Structure]:
+    """Every structure of any file that ASE reads.
+
+    Raises:
+        StructureError: the file cannot be read.
+    """
+    try:
+        frames = ase.io.read(path, index=":")
+    except Exception as error:  # ASE's readers raise whatever they meet
+        raise StructureError(f"cannot read structures from {path}: {error or type(error).__name__}") from error
+    return [to_structure(atoms) for atoms in frames]

@@ -1,0 +1,1 @@
+"""Run an artifact in LAMMPS. Reserved for the adapter; nothing to import yet."""

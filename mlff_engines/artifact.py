@@ -1,0 +1,326 @@
+"""One artifact: a TorchScript file that carries its own description, hashes and golden vectors.
+
+Layout of `student.pt` (a zip archive, as `torch.jit.save` writes it):
+
+| entry               | content                                                                            |
+|---------------------|------------------------------------------------------------------------------------|
+| `code/`, `data.pkl` | the scripted `Potential` or `Ensemble`; its contract stands in `mlff_engines.graph` |
+| `extra/golden.json` | small structures with the energies, forces and virials of the eager float64 model  |
+| `extra/mlff.json`   | the `Manifest`; its `sha256` covers every other entry                              |
+
+A TorchScript file is a program. The manifest is read, and every hash checked, before any of it is executed.
+This is the only file of the project that names `torch.jit`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import nn
+
+from mlff_engines.checkpoint import Domain, StructureRecord
+from mlff_engines.config import Config, parse
+from mlff_engines.errors import ArtifactError, ConfigError
+from mlff_engines.evaluator import Evaluator
+from mlff_engines.files import replacing
+from mlff_engines.graph import Graph
+from mlff_engines.structure import Result, Structure
+
+SCHEMA = 1
+MANIFEST = "mlff.json"
+GOLDEN = "golden.json"
+Dtype = Literal["float32", "float64"]
+DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "float64": torch.float64}
+TOLERANCE: dict[Dtype, float] = {
+    "float32": 5e-5,
+    "float64": 1e-10,
+}  # eV per atom, eV/Å and eV per atom; docs/conformance.md, S1
+
+
+class Units(Config):
+    """Units of everything that enters and leaves the artifact."""
+
+    length: Literal["Angstrom"]
+    energy: Literal["eV"]
+
+
+class Manifest(Config):
+    """What an artifact says of itself."""
+
+    schema_version: int
+    kind: Literal["potential"] = "potential"
+    architecture: str
+    model: dict[str, Any] = Field(description="hyper-parameters")
+    members: int = Field(1, ge=1, description="1, or the size of the ensemble")
+    units: Units
+    dtype: Dtype
+    cutoff: float = Field(gt=0, description="Å")
+    layers: int = Field(ge=1, description="message-passing steps; interaction range = layers x cutoff")
+    takes_charge: bool
+    takes_spin: bool
+    outputs: list[str] = Field(description="of mlff_engines.graph.OUTPUTS")
+    domain: Domain
+    e0: dict[str, float] = Field(description="energy of the isolated atom per element, eV")
+    training: list[dict[str, Any]] = Field(description="provenance, one entry per member")
+    weights_sha256: list[str] = Field(description="of the checkpoint of each member")
+    bytes_per_edge: float | None = Field(None, description="memory of one evaluation")
+    torch_version: str
+    sha256: str = Field("", description="of every other entry of the archive")
+
+
+class Golden(StructureRecord):
+    """A structure and what the eager float64 model said of it."""
+
+    name: str
+    energy: float
+    forces: list[list[float]]
+    virial: list[list[float]]
+
+    @classmethod
+    def record(cls, name: str, structure: Structure, result: Result) -> Golden:
+        """Make one from an evaluation."""
+        return cls(
+            **StructureRecord.of(structure).model_dump(),
+            name=name,
+            energy=result.energy,
+            forces=result.forces.tolist(),
+            virial=result.virial.tolist(),
+        )
+
+    def deviation(self, result: Result) -> dict[str, float]:
+        """Differences of energy (eV/atom), forces (eV/Å) and virial (eV/atom).
+
+        Forces and virials above 1 eV/Å or 1 eV/atom are compared relative to the largest: golden structures may lie
+        far outside the trained range.
+        """
+        atoms = max(len(self.numbers), 1)
+        forces, virial = np.reshape(self.forces, (-1, 3)), np.array(self.virial) / atoms
+        scale = max(1.0, float(np.abs(forces).max(initial=0.0)), float(np.abs(virial).max()))
+        return {
+            "energy": abs(result.energy - self.energy) / atoms / scale,
+            "forces": float(np.abs(result.forces - forces).max(initial=0.0)) / scale,
+            "virial": float(np.abs(result.virial / atoms - virial).max()) / scale,
+        }
+
+
+class Artifact:
+    """A loaded artifact. Make one with `load`."""
+
+    def __init__(self, manifest: Manifest, golden: list[Golden], module: nn.Module, device: torch.device) -> None:
+        self.manifest = manifest
+        self.golden = golden
+        self.module = module
+        self.device = device
+        self.dtype = DTYPES[manifest.dtype]
+
+    def __call__(self, graph: Graph) -> Graph:
+        """Run the module under the contract of `mlff_engines.graph`."""
+        # the optimising executor recompiles for each new shape, tens of milliseconds at a time, and gains nothing
+        with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
+            out: Graph = self.module(graph)
+            return out
+
+    def evaluator(self, *, skin: float = 0.5, outside: str = "warn") -> Evaluator:
+        """A new `Evaluator` of this artifact, with a neighbour list of its own."""
+        m = self.manifest
+        return Evaluator(
+            self,
+            m.domain,
+            m.cutoff,
+            takes_charge=m.takes_charge,
+            takes_spin=m.takes_spin,
+            skin=skin,
+            dtype=self.dtype,
+            device=self.device,
+            outside=outside,
+            bytes_per_edge=m.bytes_per_edge,
+        )
+
+    def verify(self) -> dict[str, dict[str, float]]:
+        """Replay the golden vectors; their deviations by name.
+
+        Raises:
+            ArtifactError: a deviation above the tolerance of the artifact's dtype, or no golden vectors.
+        """
+        if not self.golden:
+            raise ArtifactError("the artifact has no golden vectors; export it again from its checkpoint")
+        evaluate = self.evaluator(skin=0.0, outside="ignore")
+        found = {g.name: g.deviation(evaluate(g.structure)) for g in self.golden}
+        tolerance = TOLERANCE["float32" if self.dtype == torch.float32 else self.manifest.dtype]
+        for name, deviations in found.items():
+            for quantity, deviation in deviations.items():
+                if not deviation <= tolerance:
+                    raise ArtifactError(
+                        f"golden vector {name!r}: {quantity} off by {deviation:.3g}, allowed {tolerance:g} "
+                        f"({self.manifest.dtype}, made with torch {self.manifest.torch_version}, running "
+                        f"{torch.__version__}). Export the artifact again from its checkpoint on this machine"
+                    )
+        return found
+
+
+def script(potential: nn.Module) -> nn.Module:
+    """The TorchScript form of an eager `Potential` or `Ensemble` in evaluation mode."""
+    with _no_deprecation():
+        scripted: nn.Module = torch.jit.script(potential.eval())
+    return scripted
+
+
+def save(path: Path, scripted: nn.Module, manifest: Manifest, golden: Sequence[Golden]) -> Manifest:
+    """Write an artifact atomically; returns the manifest with its hash."""
+    extra = {GOLDEN: json.dumps([g.model_dump() for g in golden])}
+    with replacing(path) as temporary:
+        with _no_deprecation():
+            torch.jit.save(scripted, str(temporary), _extra_files=extra)
+        with zipfile.ZipFile(temporary, "a") as archive:
+            manifest = manifest.model_copy(update={"sha256": _digest(archive)})
+            root = archive.namelist()[0].split("/")[0]
+            archive.writestr(f"{root}/extra/{MANIFEST}", manifest.model_dump_json(indent=1))
+    return manifest
+
+
+def inspect(path: Path | str) -> Manifest:
+    """The manifest, its hashes checked; nothing of the artifact is executed.
+
+    Raises:
+        ArtifactError: missing, truncated or altered file, another kind of file, or a newer schema.
+    """
+    return _read(Path(path))[0]
+
+
+def load(path: Path | str, device: str | torch.device = "cpu", dtype: Dtype | None = None) -> Artifact:
+    """Load an artifact, whatever device it was saved on.
+
+    Args:
+        path: the `.pt` file.
+        device: where to run it.
+        dtype: "float32" or "float64" in place of the artifact's own.
+
+    Raises:
+        ArtifactError: as `inspect`; also a missing custom operator, an unavailable device, weights that do not fit
+            the dtype asked for, or golden vectors that fail under an untested torch.
+    """
+    path = Path(path)
+    manifest, golden = _read(path)
+    device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ArtifactError(f"device {device} was asked for but this torch {torch.__version__} sees no CUDA: use cpu")
+    try:
+        with _no_deprecation():
+            module = torch.jit.load(str(path), map_location=device)
+    except RuntimeError as error:
+        raise ArtifactError(_explain_load_failure(path, manifest, error)) from error
+    artifact = Artifact(manifest, golden, module.eval(), device)
+    if dtype is not None and dtype != manifest.dtype:
+        _cast(artifact, dtype)
+    if _release(torch.__version__) != _release(manifest.torch_version):
+        warnings.warn(
+            f"{path} was made with torch {manifest.torch_version} and runs on {torch.__version__}: "
+            "replaying its golden vectors",
+            stacklevel=2,
+        )
+        artifact.verify()
+    return artifact
+
+
+def _read(path: Path) -> tuple[Manifest, list[Golden]]:
+    if not path.exists():
+        raise ArtifactError(f"no artifact at {path}; make one with: mlff-export CHECKPOINT -o {path.name}")
+    if path.is_dir() or path.suffix in {".safetensors", ".yaml"}:
+        folder = path if path.is_dir() else path.parent
+        raise ArtifactError(f"{path} is a checkpoint, not an artifact; export it: mlff-export {folder} -o student.pt")
+    try:
+        archive = zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, OSError):
+        start = path.open("rb").read(2)
+        what = (
+            "is a truncated artifact" if start == b"PK" else "is a pickle" if start[:1] == b"\x80" else "is no artifact"
+        )
+        raise ArtifactError(
+            f"{path} {what} ({path.stat().st_size} bytes); copy it anew, or make it with: "
+            f"mlff-export CHECKPOINT -o {path.name}"
+        ) from None
+    with archive:
+        members = {name.split("/", 1)[-1]: name for name in archive.namelist()}
+        if f"extra/{MANIFEST}" not in members:
+            raise ArtifactError(
+                f"{path} has no manifest: it is a torch file made by another program. "
+                f"Export a checkpoint: mlff-export CHECKPOINT -o {path.name}"
+            )
+        try:
+            content = json.loads(archive.read(members[f"extra/{MANIFEST}"]))
+            version = content.get("schema_version", 0)
+            if version > SCHEMA:
+                raise ArtifactError(
+                    f"{path} has schema version {version}; this mlff-engines reads up to {SCHEMA}: upgrade mlff-engines"
+                )
+            manifest = parse(Manifest, content, f"manifest of {path}")
+            digest = _digest(archive)
+            golden = [Golden.model_validate(g) for g in json.loads(archive.read(members[f"extra/{GOLDEN}"]))]
+        except ConfigError as error:
+            raise ArtifactError(f"{error}. Export the artifact again from its checkpoint") from None
+        except (zipfile.BadZipFile, KeyError, ValueError) as error:
+            raise ArtifactError(f"{path} is damaged ({error}); copy it anew or export it again") from None
+    if digest != manifest.sha256:
+        raise ArtifactError(
+            f"{path} was altered or damaged: SHA-256 of its content is {digest[:12]}..., its manifest says "
+            f"{manifest.sha256[:12]}.... It was not executed; copy it anew or export it again"
+        )
+    return manifest, golden
+
+
+def _digest(archive: zipfile.ZipFile) -> str:
+    """SHA-256 over name and content of every entry but the manifest."""
+    digest = hashlib.sha256()
+    for name in sorted(archive.namelist()):
+        if not name.endswith(f"/extra/{MANIFEST}"):
+            content = archive.read(name)
+            digest.update(f"{name.split('/', 1)[-1]}\0{len(content)}\0".encode())
+            digest.update(content)
+    return digest.hexdigest()
+
+
+def _explain_load_failure(path: Path, manifest: Manifest, error: RuntimeError) -> str:
+    text = str(error)
+    if "Unknown builtin op" in text:
+        operator = text.split("Unknown builtin op:", 1)[1].split(".")[0].strip()
+        return (
+            f"{path} uses the operator {operator}, which this installation does not have. Upgrade mlff-engines, "
+            "or export the checkpoint again on this machine"
+        )
+    return (
+        f"torch {torch.__version__} cannot load {path} (made with torch {manifest.torch_version}): "
+        f"{text.strip().splitlines()[-1]}. Export the checkpoint again on this machine"
+    )
+
+
+def _cast(artifact: Artifact, dtype: Dtype) -> None:
+    if dtype not in DTYPES:
+        raise ArtifactError(f"dtype {dtype!r}; allowed: {', '.join(DTYPES)}")
+    for name, tensor in [*artifact.module.named_parameters(), *artifact.module.named_buffers()]:
+        # energy references are float64 in every artifact
+        if tensor.is_floating_point() and ".reference." not in name:
+            tensor.data = tensor.data.to(DTYPES[dtype])
+            if not tensor.data.isfinite().all():
+                raise ArtifactError(f"{name} is not finite in {dtype}: use the artifact in {artifact.manifest.dtype}")
+    artifact.dtype = DTYPES[dtype]
+
+
+def _release(version: str) -> str:
+    return ".".join(version.split(".")[:2])
+
+
+class _no_deprecation(warnings.catch_warnings):  # noqa: N801 (a context manager, used as a function)
+    """TorchScript is deprecated upstream; the weights are the truth and newer forms are made from them."""
+
+    def __enter__(self) -> None:
+        super().__enter__()
+        warnings.filterwarnings("ignore", message=".*torch.jit.*", category=DeprecationWarning)

@@ -1,0 +1,197 @@
+"""The command lines `mlff` and `mlff-export`.
+
+Commands that need more than the core are named here and imported when called, so that a missing extra is a line
+that says how to install it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mlff_engines import __version__
+from mlff_engines.errors import MLFFError, suggest
+
+if TYPE_CHECKING:
+    from mlff_engines.artifact import Dtype
+
+# name -> (module, attribute, extra that it needs, line in the list of commands)
+ELSEWHERE: dict[str, tuple[str, str, str, str]] = {
+    "distill": (
+        "mlff_training.commands",
+        "distill",
+        "train",
+        "Teacher to student: sample, label, train, export, check.",
+    ),
+    "sample": ("mlff_training.commands", "sample", "train", "Sample structures with a teacher."),
+    "label": ("mlff_training.commands", "label", "train", "Compute a teacher's energies and forces."),
+    "train": ("mlff_training.commands", "train", "train", "Train a student on labelled structures."),
+    "data": ("mlff_training.commands", "data", "train", "Convert and describe data sets."),
+}
+
+
+class LazyCommand(click.Command):
+    """Stands for a command of another package until it is called."""
+
+    def __init__(self, name: str) -> None:
+        module, attribute, extra, line = ELSEWHERE[name]
+        super().__init__(name, short_help=line, add_help_option=False)
+        self.target = (module, attribute, extra)
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        """Import the real command and let it parse `args`."""
+        return self.load().make_context(info_name, args, parent, **extra)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the real command."""
+        return ctx.command.invoke(ctx)
+
+    def load(self) -> click.Command:
+        """The real command."""
+        module, attribute, needed = self.target
+        try:
+            command: click.Command = getattr(importlib.import_module(module), attribute)
+        except ModuleNotFoundError as error:
+            raise MLFFError(
+                f"mlff {self.name} needs {error.name}, which is not installed: pip install 'mlff-engines[{needed}]'"
+            ) from None
+        return command
+
+
+class Commands(click.Group):
+    """A group that suggests the nearest command and answers errors in one line."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find a command, or fail with the nearest name."""
+        if args and not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
+            ctx.fail(f"no command {args[0]!r}{suggest(args[0], self.list_commands(ctx))}")
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+def mlff() -> None:
+    """Learn a small fast force field from any teacher and run it in every engine.
+
+    \b
+    A first student, from teacher to artifact:
+      mlff distill examples/ethanol.yaml -o runs/ethanol
+    The same in steps, each resumable:
+      mlff sample ..., mlff label ..., mlff train ..., mlff-export runs/ethanol/best -o student.pt
+    """
+
+
+for _name in ELSEWHERE:
+    mlff.add_command(LazyCommand(_name))
+
+
+@mlff.command("inspect")
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print the whole manifest as JSON.")
+def inspect_artifact(artifact: Path, as_json: bool) -> None:
+    """Say what ARTIFACT is, checking its hashes; nothing of it is executed."""
+    from mlff_engines.artifact import inspect
+
+    manifest = inspect(artifact)
+    if as_json:
+        click.echo(manifest.model_dump_json(indent=2))
+        return
+    domain = manifest.domain
+    ensemble = f", ensemble of {manifest.members}" if manifest.members > 1 else ""
+    rows = {
+        "model": f"{manifest.architecture}{ensemble}, {manifest.dtype}",
+        "elements": ", ".join(f"{symbol} (E0 {manifest.e0[symbol]:.4f} eV)" for symbol in domain.elements),
+        "cutoff": f"{manifest.cutoff:g} Å, {manifest.layers} layers: range {manifest.cutoff * manifest.layers:g} Å",
+        "units": f"{manifest.units.length}, {manifest.units.energy}",
+        "charges": f"{domain.charges} ({'an input' if manifest.takes_charge else 'fixed'})",
+        "unpaired electrons": f"{domain.spins} ({'an input' if manifest.takes_spin else 'fixed'})",
+        "shortest distances": ", ".join(f"{pair} {d:.2f}" for pair, d in domain.min_distances.items()) + " Å",
+        "outputs": ", ".join(manifest.outputs),
+        "made with": f"torch {manifest.torch_version}",
+        "sha256": manifest.sha256,
+    }
+    for name, value in rows.items():
+        click.echo(f"{name:20s}{value}")
+    for member in manifest.training:
+        click.echo(f"{'training':20s}{_training_line(member)}")
+
+
+def _training_line(training: dict[str, Any]) -> str:
+    valid = training.get("valid", {})
+    error = f", validation force MAE {1e3 * valid['forces_mae']:.1f} meV/Å" if "forces_mae" in valid else ""
+    return f"{training.get('frames', {}).get('train', '?')} frames of {training.get('teacher', '?')}{error}"
+
+
+@mlff.command()
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--device", default="cpu", show_default=True)
+def verify(artifact: Path, device: str) -> None:
+    """Replay ARTIFACT's golden vectors here: the same energies, forces and virials as where it was made."""
+    from mlff_engines.artifact import load
+
+    loaded = load(artifact, device)
+    for name, deviations in loaded.verify().items():
+        click.echo(f"{name:24s}" + "  ".join(f"{what} {value:.1e}" for what, value in deviations.items()))
+    click.echo(f"{artifact}: {len(loaded.golden)} golden vectors reproduced")
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("checkpoints", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The artifact to write.")
+@click.option("--dtype", type=click.Choice(["float32", "float64"]), default="float32", show_default=True)
+@click.option("--device", default="cpu", show_default=True, help="Device it is saved for; loading remaps it.")
+@click.option("--check", type=click.Path(path_type=Path), help="A structure file to compare artifact and model on.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing artifact.")
+def mlff_export(
+    checkpoints: tuple[Path, ...], out: Path, dtype: Dtype, device: str, check: Path | None, overwrite: bool
+) -> None:
+    """Export a checkpoint folder to one TorchScript artifact, and replay its golden vectors.
+
+    Several CHECKPOINTS become an ensemble with uncertainties.
+    """
+    from mlff_engines.export import export as export_artifact
+
+    structures = []
+    if check is not None:
+        try:
+            reader = importlib.import_module("mlff_ase.structures")
+        except ModuleNotFoundError:
+            raise MLFFError("--check reads structures with ASE: pip install 'mlff-engines[ase]'") from None
+        structures = reader.read(check)
+    made = export_artifact(checkpoints, out, dtype=dtype, device=device, structures=structures, overwrite=overwrite)
+    for name, deviations in made.verify().items():
+        click.echo(f"{name:24s}" + "  ".join(f"{what} {value:.1e}" for what, value in deviations.items()))
+    click.echo(f"{out}: {made.manifest.dtype}, as the float64 model on {len(made.golden)} structures")
+
+
+def _run(command: click.Command, args: Sequence[str] | None) -> None:
+    try:
+        command.main(args=args, standalone_mode=False)
+    except click.exceptions.Abort:
+        click.echo("interrupted", err=True)
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except MLFFError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Entry point of `mlff`."""
+    _run(mlff, args)
+
+
+def export(args: Sequence[str] | None = None) -> None:
+    """Entry point of `mlff-export`."""
+    _run(mlff_export, args)

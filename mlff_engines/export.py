@@ -1,0 +1,169 @@
+"""From checkpoints to the forms that engines load."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from torch import nn
+
+from mlff_engines import artifact
+from mlff_engines.artifact import DTYPES, SCHEMA, Artifact, Dtype, Golden, Manifest, Units
+from mlff_engines.checkpoint import CheckpointConfig, Domain, load_checkpoint, set_dtype
+from mlff_engines.errors import ArtifactError
+from mlff_engines.evaluator import Evaluator
+from mlff_engines.graph import OUTPUTS
+from mlff_engines.models.base import AtomicModel
+from mlff_engines.models.registry import model_config
+from mlff_engines.potential import Ensemble, Potential
+from mlff_engines.structure import NUMBERS, Structure
+
+
+def export(
+    checkpoints: Sequence[Path],
+    out: Path,
+    *,
+    dtype: Dtype = "float32",
+    device: str = "cpu",
+    structures: Sequence[Structure] = (),
+    overwrite: bool = False,
+) -> Artifact:
+    """Write the edge artifact of one checkpoint, or of several as an ensemble, and replay its golden vectors.
+
+    Args:
+        checkpoints: folders; more than one makes an ensemble.
+        out: the artifact to write.
+        dtype: of the network in the artifact.
+        device: the artifact is saved for; loading remaps it.
+        structures: more structures to check and to keep among the golden vectors.
+        overwrite: replace an existing `out`.
+
+    Raises:
+        ArtifactError: see `load_checkpoint`; also an existing `out`, members of an ensemble that do not fit each
+            other, weights that are not finite in `dtype`, or an artifact that does not reproduce the eager model.
+    """
+    if dtype not in DTYPES:
+        raise ArtifactError(f"dtype {dtype!r}; allowed: {', '.join(DTYPES)}")
+    if out.exists() and not overwrite:
+        raise ArtifactError(f"{out} exists; choose another name or pass --overwrite")
+    loaded = [load_checkpoint(folder) for folder in checkpoints]
+    configs = [config for _, config in loaded]
+    first = model_config(configs[0].model)
+    domain = _common_domain(checkpoints, configs)
+
+    def assemble() -> nn.Module:
+        members = [load_checkpoint(folder)[0] for folder in checkpoints]
+        return members[0] if len(members) == 1 else Ensemble(members)
+
+    def evaluator(potential: nn.Module, kind: torch.dtype) -> Evaluator:
+        return Evaluator(
+            potential,
+            domain,
+            first.cutoff,
+            takes_charge=first.charge,
+            takes_spin=first.spin,
+            skin=0,
+            dtype=kind,
+            outside="ignore",
+        )
+
+    reference = assemble()
+    set_dtype(reference, torch.float64)
+    exact = evaluator(reference.eval(), torch.float64)
+    recorded = [record.structure for record in configs[0].structures]
+    named = {f"structure {i}": s for i, s in enumerate([*recorded, *structures])} | synthetic(domain)
+    golden = [Golden.record(name, structure, exact(structure)) for name, structure in named.items()]
+
+    potential = assemble()
+    set_dtype(potential, DTYPES[dtype])
+    potential.eval().to(device)
+    members = [member for member in potential.modules() if isinstance(member, Potential)]
+    outputs = [name for name in OUTPUTS if len(members) > 1 or not name.endswith("_std")]
+    manifest = Manifest(
+        schema_version=SCHEMA,
+        architecture=first.arch,
+        model=first.model_dump(),
+        members=len(members),
+        units=Units(length="Angstrom", energy="eV"),
+        dtype=dtype,
+        cutoff=first.cutoff,
+        layers=first.interactions,
+        takes_charge=first.charge,
+        takes_spin=first.spin,
+        outputs=outputs,
+        domain=domain,
+        e0=_e0(members, domain),
+        training=[config.training for config in configs],
+        weights_sha256=[config.sha256 for config in configs],
+        bytes_per_edge=_bytes_per_edge(evaluator(potential, DTYPES[dtype]), next(iter(named.values()))),
+        torch_version=str(torch.__version__),
+    )
+    artifact.save(out, artifact.script(potential), manifest, golden)
+    made = artifact.load(out, device)
+    try:
+        made.verify()
+    except ArtifactError:
+        out.unlink()
+        raise
+    return made
+
+
+def _common_domain(folders: Sequence[Path], configs: Sequence[CheckpointConfig]) -> Domain:
+    """The domain of an ensemble; its members must share elements and inputs."""
+    first = configs[0]
+    for folder, other in zip(folders, configs, strict=True):
+        for name in ("cutoff", "charge", "spin"):
+            if other.model[name] != first.model[name]:
+                raise ArtifactError(
+                    f"{folder} has {name} {other.model[name]} but {folders[0]} has {first.model[name]}: "
+                    "the members of an ensemble share cutoff and inputs"
+                )
+        if other.domain.elements != first.domain.elements:
+            raise ArtifactError(
+                f"{folder} knows {other.domain.elements} but {folders[0]} knows {first.domain.elements}: "
+                "the members of an ensemble share their elements"
+            )
+    return first.domain
+
+
+def synthetic(domain: Domain) -> dict[str, Structure]:
+    """Structures that every artifact is tried on: a lone atom of each element and a small triclinic crystal."""
+    found = {}
+    for symbol in domain.elements:
+        found[f"isolated {symbol}"] = Structure(
+            np.array([NUMBERS[symbol]]), np.zeros((1, 3)), charge=domain.charges[0], spin=domain.spins[0]
+        )
+    numbers = np.array([NUMBERS[domain.elements[i % len(domain.elements)]] for i in range(8)])
+    grid = np.array(np.meshgrid(*[[0.1, 0.6]] * 3)).reshape(3, -1).T
+    cell = np.array([[4.4, 0.0, 0.0], [0.9, 4.2, 0.0], [-0.7, 0.5, 4.6]])
+    jitter = 0.15 * np.random.default_rng(0).standard_normal((8, 3))
+    found["triclinic box"] = Structure(
+        numbers, grid @ cell + jitter, cell, np.ones(3, dtype=bool), domain.charges[0], domain.spins[0]
+    )
+    return found
+
+
+def _e0(members: Sequence[Potential], domain: Domain) -> dict[str, float]:
+    references = [cast(AtomicModel, member.model).reference for member in members]
+    return {
+        symbol: float(np.mean([float(r.e0[NUMBERS[symbol]] + r.shift) for r in references]))
+        for symbol in domain.elements
+    }
+
+
+def _bytes_per_edge(evaluate: Evaluator, structure: Structure) -> float:
+    """Memory that one evaluation keeps for its gradient, per edge."""
+    kept = 0.0
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal kept
+        kept += tensor.nelement() * tensor.element_size()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        evaluate(structure)
+    edges: int = evaluate.neighbors.update(structure)[0].shape[1]
+    return kept / max(edges, 1)

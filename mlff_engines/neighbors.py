@@ -1,0 +1,124 @@
+"""Positions and cell to edges: vesin for the search, a Verlet skin around it, and a brute-force reference."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import vesin
+
+from mlff_engines.structure import BoolArray, FloatArray, IntArray, Structure
+
+
+def neighbor_list(
+    positions: FloatArray, cell: FloatArray, pbc: BoolArray, cutoff: float
+) -> tuple[IntArray, FloatArray]:
+    """All ordered pairs closer than `cutoff`, periodic images included, however small the cell.
+
+    Args:
+        positions: (N, 3), Å; need not lie inside the cell.
+        cell: (3, 3), Å; rows along axes that are not periodic are ignored.
+        pbc: (3,) periodic axes.
+        cutoff: Å.
+
+    Returns:
+        edge_index (2, E), sorted by centre, and edge_vec = r_j - r_i + S·cell (E, 3) in Å.
+    """
+    edge_index, shift = _search(positions, cell, pbc, cutoff)
+    return edge_index, _edge_vectors(positions, edge_index, shift @ cell)
+
+
+def neighbor_list_reference(
+    positions: FloatArray, cell: FloatArray, pbc: BoolArray, cutoff: float
+) -> tuple[IntArray, FloatArray]:
+    """What `neighbor_list` must find, by trying every pair in every image: O(N²), for tests."""
+    full = _complete_cell(cell, pbc)
+    heights = 1 / np.linalg.norm(np.linalg.inv(full), axis=0)
+    # atoms outside the cell need as many images more as they lie cells away
+    fractional = positions @ np.linalg.inv(full)
+    spread = np.ptp(fractional, axis=0) if len(positions) else np.zeros(3)
+    reach = [int(np.ceil(cutoff / h + s)) if p else 0 for h, s, p in zip(heights, spread, pbc, strict=True)]
+    edges, vectors = [], []
+    for shift in itertools.product(*(range(-n, n + 1) for n in reach)):
+        vec = positions[None, :] - positions[:, None] + np.array(shift, dtype=float) @ full
+        close = (vec**2).sum(-1) < cutoff**2
+        if shift == (0, 0, 0):
+            np.fill_diagonal(close, False)
+        edges.append(np.argwhere(close).T)
+        vectors.append(vec[close])
+    edge_index, edge_vec = np.concatenate(edges, axis=1), np.concatenate(vectors)
+    order = np.lexsort((*edge_vec.T, edge_index[1], edge_index[0]))
+    return edge_index[:, order].astype(np.int64), edge_vec[order]
+
+
+class VerletList:
+    """Edges reused while no pair outside the list can have come within the cutoff.
+
+    The list holds pairs up to `cutoff + skin`; models give edges beyond the cutoff no weight. With u the largest
+    displacement since the last search (affine cell changes undone) and s the smallest singular value of the cell's
+    deformation, a pair not listed is still at least (cutoff + skin - 2u)·s apart: the list holds while that is at
+    least `cutoff`.
+
+    Attributes:
+        builds: number of searches so far.
+    """
+
+    def __init__(self, cutoff: float, skin: float) -> None:
+        self.cutoff = cutoff
+        self.skin = skin
+        self.builds = 0
+        self._reference: Structure | None = None
+        self._edge_index: IntArray = np.zeros((2, 0), dtype=np.int64)
+        self._shift: FloatArray = np.zeros((0, 3))
+
+    def update(self, structure: Structure) -> tuple[IntArray, FloatArray, bool]:
+        """edge_index (2, E), edge_vec (E, 3) in Å, and whether edge_index changed."""
+        rebuilt = not self._holds(structure)
+        if rebuilt:
+            self._edge_index, self._shift = _search(
+                structure.positions, structure.cell, structure.pbc, self.cutoff + self.skin
+            )
+            self._reference = structure
+            self.builds += 1
+        offset = self._shift @ structure.cell if structure.pbc.any() else None
+        return self._edge_index, _edge_vectors(structure.positions, self._edge_index, offset), rebuilt
+
+    def _holds(self, structure: Structure) -> bool:
+        old = self._reference
+        if old is None or self.skin == 0 or len(old) != len(structure) or (old.pbc != structure.pbc).any():
+            return False
+        if (old.numbers != structure.numbers).any():
+            return False
+        positions, smallest_stretch = structure.positions, 1.0
+        if structure.pbc.any() and (old.cell != structure.cell).any():
+            new_cell, old_cell = (_complete_cell(s.cell, s.pbc) for s in (structure, old))
+            deformation = np.linalg.solve(old_cell, new_cell)
+            smallest_stretch = float(np.linalg.svd(deformation, compute_uv=False)[-1])
+            positions = positions @ np.linalg.inv(deformation)
+        moved = positions - old.positions
+        displacement = float(np.sqrt((moved * moved).sum(axis=1).max(initial=0.0)))
+        return (self.cutoff + self.skin - 2 * displacement) * smallest_stretch >= self.cutoff
+
+
+def _search(positions: FloatArray, cell: FloatArray, pbc: BoolArray, cutoff: float) -> tuple[IntArray, FloatArray]:
+    """Pairs (2, E) and their lattice shifts S (E, 3), zero along axes that are not periodic."""
+    if not len(positions):
+        return np.zeros((2, 0), dtype=np.int64), np.zeros((0, 3))
+    # one thread: the order of the pairs, and so every sum over them, must not depend on the machine
+    search = vesin.NeighborList(cutoff=cutoff, full_list=True, sorted=True, n_threads=1)
+    pairs, shift = search.compute(positions, _complete_cell(cell, pbc), pbc, "PS")
+    return np.ascontiguousarray(pairs.T.astype(np.int64)), shift.astype(np.float64)
+
+
+def _edge_vectors(positions: FloatArray, edge_index: IntArray, offset: FloatArray | None) -> FloatArray:
+    vec: FloatArray = positions[edge_index[1]] - positions[edge_index[0]]
+    return vec if offset is None else vec + offset
+
+
+def _complete_cell(cell: FloatArray, pbc: BoolArray) -> FloatArray:
+    """`cell` with orthonormal vectors in place of those that are not periodic: never singular."""
+    periodic = cell[pbc]
+    full = np.array(cell, dtype=np.float64)
+    normals = np.linalg.svd(periodic, full_matrices=True)[2][len(periodic) :] if len(periodic) else np.eye(3)
+    full[~pbc] = normals
+    return full

@@ -1,0 +1,128 @@
+"""What goes into an evaluation and what comes out of it, as plain arrays that no engine owns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from mlff_engines.errors import StructureError
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
+
+MAX_ATOMIC_NUMBER = 118
+
+# fmt: off
+SYMBOLS = (
+    "X",
+    "H", "He",
+    "Li", "Be", "B", "C", "N", "O", "F", "Ne",
+    "Na", "Mg", "Al", "Si", "P", "S", "Cl", "Ar",
+    "K", "Ca", "Sc", "Ti", "V", "Cr", "Mn", "Fe", "Co", "Ni", "Cu", "Zn", "Ga", "Ge", "As", "Se", "Br", "Kr",
+    "Rb", "Sr", "Y", "Zr", "Nb", "Mo", "Tc", "Ru", "Rh", "Pd", "Ag", "Cd", "In", "Sn", "Sb", "Te", "I", "Xe",
+    "Cs", "Ba", "La", "Ce", "Pr", "Nd", "Pm", "Sm", "Eu", "Gd", "Tb", "Dy", "Ho", "Er", "Tm", "Yb", "Lu",
+    "Hf", "Ta", "W", "Re", "Os", "Ir", "Pt", "Au", "Hg", "Tl", "Pb", "Bi", "Po", "At", "Rn",
+    "Fr", "Ra", "Ac", "Th", "Pa", "U", "Np", "Pu", "Am", "Cm", "Bk", "Cf", "Es", "Fm", "Md", "No", "Lr",
+    "Rf", "Db", "Sg", "Bh", "Hs", "Mt", "Ds", "Rg", "Cn", "Nh", "Fl", "Mc", "Lv", "Ts", "Og",
+)
+# fmt: on
+NUMBERS = {symbol: number for number, symbol in enumerate(SYMBOLS)}
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Atoms in space.
+
+    | field       | shape  | dtype   | unit | meaning                                                     |
+    |-------------|--------|---------|------|-------------------------------------------------------------|
+    | `numbers`   | (N,)   | int64   | -    | atomic numbers                                              |
+    | `positions` | (N, 3) | float64 | Å    | need not lie inside the cell                                |
+    | `cell`      | (3, 3) | float64 | Å    | rows are the lattice vectors; read only along periodic axes |
+    | `pbc`       | (3,)   | bool    | -    | which lattice vectors are periodic                          |
+    | `charge`    | -      | float   | e    | total charge                                                |
+    | `spin`      | -      | float   | -    | unpaired electrons, i.e. multiplicity - 1                   |
+
+    Raises:
+        StructureError: for arrays of the wrong shape, coordinates that are not finite, or a singular cell.
+    """
+
+    numbers: IntArray
+    positions: FloatArray
+    cell: FloatArray = field(default_factory=lambda: np.zeros((3, 3)))
+    pbc: BoolArray = field(default_factory=lambda: np.zeros(3, dtype=bool))
+    charge: float = 0.0
+    spin: float = 0.0
+
+    def __post_init__(self) -> None:
+        numbers = np.ascontiguousarray(self.numbers, dtype=np.int64)
+        positions = np.ascontiguousarray(self.positions, dtype=np.float64)
+        cell = np.ascontiguousarray(self.cell, dtype=np.float64)
+        pbc = np.ascontiguousarray(np.broadcast_to(self.pbc, 3), dtype=np.bool_)
+        for name, array in (("numbers", numbers), ("positions", positions), ("cell", cell), ("pbc", pbc)):
+            object.__setattr__(self, name, array)
+        if numbers.ndim != 1 or positions.shape != (len(numbers), 3) or cell.shape != (3, 3):
+            raise StructureError(
+                f"got numbers {numbers.shape}, positions {positions.shape}, cell {cell.shape}; "
+                "expected (N,), (N, 3) and (3, 3)"
+            )
+        bad = np.flatnonzero((numbers < 1) | (numbers > MAX_ATOMIC_NUMBER))
+        if len(bad):
+            raise StructureError(f"atomic number {numbers[bad[0]]} of atom {bad[0]}; allowed: 1 to {MAX_ATOMIC_NUMBER}")
+        bad = np.flatnonzero(~np.isfinite(positions).all(axis=1))
+        if len(bad):
+            atom = bad[0]
+            raise StructureError(
+                f"atom {atom} ({SYMBOLS[numbers[atom]]}) has a coordinate that is not finite: "
+                f"{positions[atom].tolist()}; {len(bad)} such atom(s). The dynamics that led here has probably exploded"
+            )
+        self._check_cell(cell, pbc)
+
+    @staticmethod
+    def _check_cell(cell: FloatArray, pbc: BoolArray) -> None:
+        periodic = cell[pbc]
+        if not len(periodic):
+            return
+        gram = periodic @ periodic.T
+        lengths = np.sqrt(np.diag(gram))
+        # the volume (area, length) spanned, relative to an orthogonal cell of the same edges
+        spanned = np.sqrt(max(np.linalg.det(gram), 0.0)) if np.isfinite(gram).all() else 0.0
+        if not np.isfinite(cell).all() or (lengths < 1e-6).any() or spanned < 1e-6 * lengths.prod():
+            raise StructureError(
+                f"the cell is singular along its periodic axes: cell {cell.tolist()}, pbc {pbc.tolist()}. "
+                "Give non-zero, linearly independent lattice vectors or switch pbc off"
+            )
+
+    @property
+    def volume(self) -> float | None:
+        """Volume in Å³ for three periodic axes, else None: a slab or molecule has no defined volume."""
+        return abs(float(np.linalg.det(self.cell))) if self.pbc.all() else None
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one evaluation of a `Structure` yields.
+
+    | field        | shape  | unit | meaning                                                               |
+    |--------------|--------|------|-----------------------------------------------------------------------|
+    | `energy`     | -      | eV   | potential energy, the sum of `energies`                               |
+    | `energies`   | (N,)   | eV   | per-atom energies, E0 included                                        |
+    | `forces`     | (N, 3) | eV/Å | -dE/dr                                                                |
+    | `virial`     | (3, 3) | eV   | -Σ edge_vec ⊗ dE/d edge_vec = -dE/dε for a symmetric strain ε         |
+    | `stress`     | (3, 3) | eV/Å³| -virial/volume, tension positive; None without three periodic axes    |
+    | `energy_std` | -      | eV   | ensembles only: standard deviation of the members' energies           |
+    | `force_std`  | (N,)   | eV/Å | ensembles only: root mean square deviation of the members' force vectors |
+    """
+
+    energy: float
+    energies: FloatArray
+    forces: FloatArray
+    virial: FloatArray
+    stress: FloatArray | None = None
+    energy_std: float | None = None
+    force_std: FloatArray | None = None

@@ -1,0 +1,1 @@
+"""The judge: checks that any engine, given as a callable, has to pass."""

@@ -1,0 +1,145 @@
+"""What a check is asked, what it answers, and how exact the answer has to be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from mlff_engines.artifact import Dtype, Manifest
+from mlff_engines.structure import NUMBERS, FloatArray, Result, Structure
+
+Evaluate = Callable[[Structure], Result]  # any engine
+
+NAMES = {
+    "S1": "equal to the eager model",
+    "S2": "equal to the eager model call after call",
+    "S3": "forces are the gradient of the energy",
+    "S4": "virial and stress are its strain derivatives",
+    "S5": "rotation, inversion, permutation, translation",
+    "S6": "the same crystal described otherwise",
+    "S7": "continuous at the cutoff, zero beyond",
+    "S8": "neighbours",
+    "S9": "isolated atoms have E0, far fragments add up",
+    "S10": "order and subset of the elements",
+}
+
+# energies and virials in eV per atom, forces in eV/Å; above 1 relative to the largest force or virial
+TOLERANCES: dict[str, dict[Dtype, float]] = {
+    "S1": {"float64": 1e-10, "float32": 5e-5},
+    "S2": {"float64": 1e-12, "float32": 5e-5},
+    "S3": {"float64": 10.0, "float32": 10.0},  # in units of the finite difference's own uncertainty
+    "S4": {"float64": 1e-6, "float32": 1e-3},  # relative to the largest component
+    "S5": {"float64": 1e-8, "float32": 1e-4},
+    "S6": {"float64": 1e-10, "float32": 1e-5},
+    "S7": {"float64": 1e-10, "float32": 1e-5},
+    "S8": {"float64": 0.0, "float32": 0.0},  # wrong edges
+    "S9": {"float64": 1e-10, "float32": 1e-4},
+    "S10": {"float64": 1e-10, "float32": 5e-5},
+}
+
+
+@dataclass(frozen=True)
+class Claims:
+    """What a model says of itself, for the checks to hold it to.
+
+    Attributes:
+        elements: symbols.
+        cutoff: Å.
+        e0: eV, energy of the isolated atom per symbol.
+        layers: message-passing steps; atoms further apart than layers x cutoff never feel each other.
+        dtype: precision of the network.
+        charges, spins: total charges (e) and numbers of unpaired electrons to try; the first are those of every
+            structure, and 0 unless the model is for one other value only.
+        spacing: Å, a typical distance of neighbouring atoms.
+    """
+
+    elements: Sequence[str]
+    cutoff: float
+    e0: Mapping[str, float]
+    layers: int = 1
+    dtype: Dtype = "float64"
+    charges: Sequence[float] = (0.0,)
+    spins: Sequence[float] = (0.0,)
+    spacing: float = 1.7
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> Claims:
+        """The claims of an artifact."""
+        domain = manifest.domain
+        return cls(
+            domain.elements,
+            manifest.cutoff,
+            manifest.e0,
+            manifest.layers,
+            manifest.dtype,
+            _to_try(manifest.takes_charge, domain.charges),
+            _to_try(manifest.takes_spin, domain.spins),
+            1.2 * max(domain.min_distances.values(), default=1.4),
+        )
+
+    @property
+    def numbers(self) -> list[int]:
+        """Atomic numbers of `elements`."""
+        return [NUMBERS[symbol] for symbol in self.elements]
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """Outcome of one check: passed when `figure` <= `tolerance`; `detail` says where the figure comes from."""
+
+    code: str
+    name: str
+    passed: bool
+    figure: float
+    tolerance: float
+    detail: str
+
+
+@dataclass
+class Worst:
+    """The largest deviation seen so far, and where."""
+
+    figure: float = 0.0
+    detail: str = field(default="")
+
+    def see(self, figure: float, detail: str) -> None:
+        """Keep `figure` if it is the largest; one that is not a number is."""
+        if not figure <= self.figure and not np.isnan(self.figure):
+            self.figure, self.detail = figure, detail
+
+    def compare(self, where: str, found: Result, expected: Result) -> None:
+        """Keep the largest deviation of `found` from `expected` if it is the largest so far."""
+        for quantity, figure in deviation(found, expected).items():
+            self.see(figure, f"{quantity} of {where}")
+
+    def judged(self, code: str, dtype: Dtype) -> CheckResult:
+        """Against the tolerance of check `code`."""
+        tolerance = TOLERANCES[code][dtype]
+        return CheckResult(code, NAMES[code], bool(self.figure <= tolerance), self.figure, tolerance, self.detail)
+
+
+def deviation(found: Result, expected: Result) -> dict[str, float]:
+    """Largest differences by quantity, in the units of `TOLERANCES`."""
+    atoms = max(len(expected.energies), 1)
+    scale = max(1.0, _largest(expected.forces), _largest(expected.virial) / atoms)
+    differences = {
+        "energy": abs(found.energy - expected.energy) / atoms,
+        "energies": _largest(found.energies - expected.energies),
+        "forces": _largest(found.forces - expected.forces),
+        "virial": _largest(found.virial - expected.virial) / atoms,
+    }
+    if expected.energy_std is not None and expected.force_std is not None:
+        missing = found.energy_std is None or found.force_std is None
+        differences["energy_std"] = np.nan if missing else abs(found.energy_std - expected.energy_std) / atoms  # type: ignore[operator]
+        differences["force_std"] = np.nan if missing else _largest(found.force_std - expected.force_std)  # type: ignore[operator]
+    return {name: float(value / scale) for name, value in differences.items()}
+
+
+def _to_try(taken: bool, trained: Sequence[float]) -> list[float]:
+    return [0.0, *([q for q in trained if q] or [1.0])] if taken else list(trained[:1])
+
+
+def _largest(values: FloatArray) -> float:
+    return float(np.abs(values).max(initial=0.0))

@@ -1,0 +1,1 @@
+"""Run an artifact in OpenMM. Reserved for the adapter; nothing to import yet."""

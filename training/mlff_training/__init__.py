@@ -1,0 +1,1 @@
+"""Make a student: teachers, sampling, labels, data sets, losses and the training loop."""

@@ -195,3 +195,7 @@ def main(args: Sequence[str] | None = None) -> None:
 def export(args: Sequence[str] | None = None) -> None:
     """Entry point of `mlff-export`."""
     _run(mlff_export, args)
+
+
+if __name__ == "__main__":
+    main()

@@ -186,7 +186,7 @@ def train(config: Path, out: Path, allow_config_change: bool) -> None:
     """Train a student on labelled structures, as the YAML file CONFIG says; run it again to resume."""
     settings = load_yaml(StudentConfig, config)
     parts = load_data(settings.data, out)
-    best = train_student(
+    found = train_student(
         parts,
         settings.e0,
         settings.model,
@@ -196,4 +196,9 @@ def train(config: Path, out: Path, allow_config_change: bool) -> None:
         allow_config_change=allow_config_change,
     )
     click.echo(f"best checkpoint: {out / 'best'}")
-    click.echo(f"validation force MAE {1e3 * best['forces_mae']:.2f} meV/Å")
+    for part, errors in found.items():
+        forces, energy = (1e3 * errors[f"{what}_mae"] for what in ("forces", "energy"))
+        click.echo(
+            f"{part}: forces MAE {forces:.2f}, RMSE {1e3 * errors['forces_rmse']:.2f} meV/Å; "
+            f"energy MAE {energy:.3f} meV/atom"
+        )

@@ -83,8 +83,8 @@ class TrainingLog:
         if not self.active or not self.path.exists():
             return
         columns, rows = self._read()
-        whole = [row for row in rows if None not in row.values()]
-        self._write(columns, [row for row in whole if int(row["epoch"]) <= epoch])
+        kept = [row for row in rows if None not in row.values() and int(row["epoch"]) <= epoch]
+        self._write(columns if kept else [], kept)
 
     def row(self, values: Mapping[str, float]) -> None:
         """One validation; `values` begins with `epoch` and `step`."""
@@ -129,6 +129,6 @@ class TrainingLog:
     def _write(self, columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> None:
         with replacing(self.path) as temporary, temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, columns, restval="")
-            if rows or columns:
+            if columns:
                 writer.writeheader()
             writer.writerows(rows)

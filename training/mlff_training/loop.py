@@ -41,6 +41,7 @@ class TrainConfig(Config):
     seed: int = Field(0, ge=0, description="of the weights and the order of the batches")
     dtype: Literal["float32", "float64"] = Field("float32", description="of the network")
     epochs: int = Field(500, ge=1, description="passes over the training set; the cosine schedule ends there")
+    threads: int = Field(1, ge=1, description="of each process; more pay off above some hundred atoms per batch")
     batch_size: int = Field(10, ge=1, description="structures per forward pass, over all processes")
     accumulate: int = Field(1, ge=1, description="forward passes per step of the optimiser")
     optimizer: Literal["adamw", "amsgrad"] = Field("adamw", description="'amsgrad' is AdamW with its AMSGrad variant")

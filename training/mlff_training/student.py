@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,16 +14,18 @@ from ase import Atoms
 from pydantic import Field
 
 import mlff_engines
-from mlff_engines.checkpoint import Domain
+from mlff_engines.checkpoint import Domain, load_checkpoint
 from mlff_engines.config import Config
 from mlff_engines.errors import ConfigError
+from mlff_engines.files import replacing
 from mlff_engines.models.registry import build_model, model_config
 from mlff_engines.structure import Structure
-from mlff_training.checks import check_splits, fit_e0
+from mlff_training.checks import check_frames, check_splits, fit_e0
 from mlff_training.dataset import GraphDataset, digest, load_splits, save_splits, split, statistics
 from mlff_training.distributed import world
 from mlff_training.formats import read
 from mlff_training.loop import TrainConfig, Trainer
+from mlff_training.losses import validate
 
 Frames = Sequence[Atoms]
 
@@ -42,6 +45,7 @@ class DataConfig(Config):
     split_by: Literal["group", "frame"] = Field("group", description="keep trajectories (groups) whole or not")
     energy_unit: str | None = Field(None, description="unit of energies where the file does not say")
     length_unit: str | None = Field(None, description="unit of lengths where the file does not say")
+    trust_units: bool = Field(False, description="skip the checks that guess wrong units from unlikely values")
     labels: str | None = Field(None, description="which labels, where a file has several (rMD17: 'old')")
 
 
@@ -71,6 +75,9 @@ def load_data(config: DataConfig, folder: Path) -> dict[str, list[Atoms]]:
         given |= split_frames(train, sizes, config.split_seed, config.split_by, folder)
     else:
         given["train"] = train[: config.train_size]
+    for name, frames in given.items():
+        if frames:
+            check_frames(frames, f"data.{name}", trust_units=config.trust_units)
     return given
 
 
@@ -103,17 +110,19 @@ def train_student(
     device: str = "cpu",
     teacher: str | None = None,
     allow_config_change: bool = False,
-) -> dict[str, float]:
+) -> dict[str, dict[str, float]]:
     """Train on `parts` ("train", "valid" and perhaps "test") in `folder`; the best checkpoint is `folder/best`.
 
     Returns:
-        the validation errors of the best checkpoint, in eV and Å.
+        errors of the best checkpoint in eV and Å, by part ("valid", and "test" if there is one); they are also written
+        to `folder/errors.json`.
 
     Raises:
         DataError: duplicates across the parts, missing labels, or no reference energy for an element.
         TrainingError: see `Trainer`.
     """
     check_splits(parts)
+    torch.set_num_threads(train.threads)
     config = model_config(model)
     kind = torch.float64 if train.dtype == "float64" else torch.float32
     sets = {name: GraphDataset(parts[name], config.cutoff, kind) for name in ("train", "valid")}
@@ -156,7 +165,15 @@ def train_student(
             device=device,
             allow_config_change=allow_config_change,
         )
-        return trainer.run()
+        found = {"valid": trainer.run()}
+        if processes.rank == 0:
+            if parts.get("test"):
+                best, _ = load_checkpoint(folder / "best")
+                test = GraphDataset(parts["test"], config.cutoff, kind)
+                found["test"] = validate(best.to(device), test, train.loss, train.batch_size, torch.device(device))
+            with replacing(folder / "errors.json") as temporary:
+                temporary.write_text(json.dumps(found, indent=1))
+    return found
 
 
 def domain_of(frames: Frames) -> Domain:

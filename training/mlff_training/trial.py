@@ -14,7 +14,6 @@ import numpy as np
 from ase import Atoms, units
 from ase.calculators.calculator import Calculator
 from ase.io.trajectory import Trajectory
-from ase.md.velocitydistribution import MaxwellBoltzmannDistribution, Stationary
 from ase.md.verlet import VelocityVerlet
 from ase.neighborlist import natural_cutoffs, neighbor_list
 from pydantic import Field
@@ -145,8 +144,10 @@ def thermal(atoms: Atoms, temperature: float, seed: int) -> Atoms:
     """A copy with velocities of `temperature` (K), its centre of mass at rest."""
     moving = Atoms(numbers=atoms.numbers, positions=atoms.positions, cell=atoms.cell, pbc=atoms.pbc)
     moving.info = {key: atoms.info[key] for key in ("charge", "multiplicity") if key in atoms.info}
-    MaxwellBoltzmannDistribution(moving, temperature_K=temperature, rng=np.random.default_rng(seed))
-    Stationary(moving)
+    masses = moving.get_masses()[:, None]
+    spread = np.sqrt(units.kB * temperature / masses)
+    velocities = spread * np.random.default_rng(seed).standard_normal((len(moving), 3))
+    moving.set_velocities(velocities - (masses * velocities).sum(axis=0) / masses.sum())
     return moving
 
 

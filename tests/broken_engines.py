@@ -1,10 +1,16 @@
-"""Models and engines for the tests of the checks: right ones, and ones with a bug each."""
+"""Models and engines for the tests of the checks: right ones, and ones with a bug each.
+
+python tests/broken_engines.py            # is docs/conformance.md up to date?
+python tests/broken_engines.py --write    # write it anew
+"""
 
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +26,7 @@ from mlff_engines.neighbors import VerletList, neighbor_list
 from mlff_engines.potential import Ensemble, Potential, edge_forces, edge_virial
 from mlff_engines.structure import Result, Structure
 from mlff_engines.validation.neighbor_cases import Search
-from mlff_engines.validation.result import Claims, Evaluate
+from mlff_engines.validation.result import NAMES, TOLERANCES, Claims, Evaluate
 
 ARGON_KRYPTON = LennardJonesConfig(
     sigma={"Ar": 3.4, "Kr": 3.65}, epsilon={"Ar": 0.0103, "Kr": 0.0141}, switch=6.5, cutoff=8.0
@@ -215,7 +221,8 @@ def swapped_species(potential: Potential, claims: Claims) -> Engine:
 
 
 def nanometres(potential: Potential, claims: Claims) -> Engine:
-    return _before(potential, claims, lambda s: replace(s, positions=s.positions / 10, cell=s.cell / 10))
+    """Of the positions only: a cell that small would have a thousand times the edges."""
+    return _before(potential, claims, lambda s: replace(s, positions=s.positions / 10))
 
 
 def wrong_energy_unit(potential: Potential, claims: Claims) -> Engine:
@@ -267,7 +274,9 @@ def no_reaction(potential: Potential, claims: Claims) -> Engine:
             return replace(right, forces=forces.numpy())
 
     return Engine(
-        Engineless(potential, Domain(elements=list(claims.elements)), claims.cutoff, dtype=torch.float64, outside="ignore")
+        Engineless(
+            potential, Domain(elements=list(claims.elements)), claims.cutoff, dtype=torch.float64, outside="ignore"
+        )
     )
 
 
@@ -296,3 +305,87 @@ def unwrapped_atoms(potential: Potential, claims: Claims) -> Engine:
 
 def ghosts_counted(potential: Potential, claims: Claims) -> Engine:
     return Engine(domain_decomposed(potential, claims, owned_only=False))
+
+
+MODELS: dict[str, tuple[Callable[[], Potential], Claims]] = {
+    "lj": (lennard_jones, NOBLE),
+    "painn": (painn, ORGANIC),
+}
+
+
+@dataclass(frozen=True)
+class Bug:
+    """`caught`: the checks that fail for every one of `models`; others may fail besides."""
+
+    make: Callable[[Potential, Claims], Engine]
+    caught: str
+    models: tuple[str, ...] = tuple(MODELS)
+
+
+BUGS = {
+    # the engine is right, its model is wrong: only what needs no reference can show it
+    "cutoff truncated, no envelope": Bug(truncated_cutoff, "S7"),
+    "stale neighbour list": Bug(stale_list, "S1 S5 S6"),
+    "1 % non-conservative force": Bug(non_conservative(1e-2), "S1 S2 S3 S4"),
+    "0.1 % non-conservative force": Bug(non_conservative(1e-3), "S1 S2 S3 S4"),
+    "wrong sign of the virial": Bug(wrong_virial_sign, "S1 S2 S4"),
+    "wrong sign of the stress alone": Bug(wrong_stress_sign, "S4"),
+    "two species swapped": Bug(swapped_species, "S1 S2 S9"),
+    "positions in nm for Å": Bug(nanometres, "S1 S2 S3 S6 S7"),
+    "energy unit off by 1.0005": Bug(wrong_energy_unit, "S1 S2 S3 S4 S9"),
+    "energy and force unit off by 1.0005": Bug(wrong_unit, "S1 S2 S9"),
+    "energy summed in float32": Bug(single_precision_sum, "S1 S2 S3 S4 S5 S7 S9 S10"),
+    "E0 in float32": Bug(single_precision_e0, "S1 S2 S9"),
+    "positions in float32": Bug(single_precision_positions, "S1 S2 S3 S4 S5 S6 S7 S9 S10"),
+    "nearest image only": Bug(nearest_image_only, "S1 S6 S8"),
+    "edges to an atom's own images dropped": Bug(no_self_images, "S1 S6 S8"),
+    "half neighbour list": Bug(half_list, "S1 S2 S5 S6 S8 S10"),
+    "reaction forces missing": Bug(no_reaction, "S1 S2 S3"),
+    "atoms taken to lie inside the box": Bug(unwrapped_atoms, "S6 S8"),
+    "ghost atoms counted": Bug(ghosts_counted, "S1 S6", ("lj",)),
+}
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "conformance.md"
+
+
+TEMPLATE = """\
+# Static checks
+
+`mlff_engines.validation.conformance.check_model` runs them on any engine, given as a callable from `Structure` to
+`Result`. Energies and virials in eV per atom, forces in eV/Å, relative to the largest force or virial where that is
+above 1; S3 in units of the finite difference's own uncertainty, S4 relative to the largest component, S8 in wrong
+edges. A float32 model is upcast for S3. Energies may besides differ by their rounding in float64.
+
+| | check | float64 | float32 |
+|---|---|---|---|
+{checks}
+
+## Bugs they catch
+
+Each bug is put into a right engine by `tests/broken_engines.py`, in float64, for Lennard-Jones and for PaiNN with
+random weights. Listed are the checks that fail for both; others may fail besides. S1 and S2 compare with the eager
+model; the others need the engine alone, and so find a wrong model that its engine reproduces faithfully: the first row
+is such a one. A unit that is off in energy and force alike shows in nothing but the comparison and the E0s.
+
+| bug | caught by |
+|---|---|
+{bugs}
+
+Written by `python tests/broken_engines.py --write`.
+"""
+
+
+def page() -> str:
+    """The text of docs/conformance.md."""
+    checks = [f"| {c} | {NAMES[c]} | {t['float64']:g} | {t['float32']:g} |" for c, t in TOLERANCES.items()]
+    bugs = []
+    for name, bug in BUGS.items():
+        where = "" if bug.models == tuple(MODELS) else f" ({', '.join(bug.models)} only)"
+        bugs.append(f"| {name}{where} | {bug.caught.replace(' ', ', ')} |")
+    return TEMPLATE.format(checks="\n".join(checks), bugs="\n".join(bugs))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--write"]:
+        PAGE.write_text(page(), encoding="utf-8")
+    sys.exit(PAGE.read_text(encoding="utf-8") != page())

@@ -238,9 +238,12 @@ def _read(path: Path) -> tuple[Manifest, list[Golden]]:
         folder = path if path.is_dir() else path.parent
         raise ArtifactError(f"{path} is a checkpoint, not an artifact; export it: mlff-export {folder} -o student.pt")
     try:
+        with path.open("rb") as file:
+            start = file.read(2)
         archive = zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, OSError):
-        start = path.open("rb").read(2)
+    except OSError as error:
+        raise ArtifactError(f"cannot read {path}: {error.strerror}") from None
+    except zipfile.BadZipFile:
         what = (
             "is a truncated artifact" if start == b"PK" else "is a pickle" if start[:1] == b"\x80" else "is no artifact"
         )
@@ -257,8 +260,10 @@ def _read(path: Path) -> tuple[Manifest, list[Golden]]:
             )
         try:
             content = json.loads(archive.read(members[f"extra/{MANIFEST}"]))
-            version = content.get("schema_version", 0)
-            if version > SCHEMA:
+            if not isinstance(content, dict):
+                raise ValueError("its manifest is no JSON object")
+            version = content.get("schema_version")
+            if isinstance(version, int) and version > SCHEMA:
                 raise ArtifactError(
                     f"{path} has schema version {version}; this mlff-engines reads up to {SCHEMA}: upgrade mlff-engines"
                 )

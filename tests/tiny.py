@@ -16,7 +16,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 
 from mlff_engines.checkpoint import Domain
 from mlff_engines.models.registry import build_model, model_config
-from mlff_training.dataset import GraphDataset
+from mlff_training.data.dataset import GraphDataset
 from mlff_training.distributed import World
 from mlff_training.loop import TrainConfig, Trainer
 

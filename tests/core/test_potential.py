@@ -175,7 +175,7 @@ def test_scale_shift_and_e0() -> None:
     reference.scale.mul_(3.0)
     reference.shift.add_(0.25)
     graph = graph_of(cluster(ORGANIC))
-    e0 = torch.tensor([ORGANIC.e0[{1: "H", 6: "C", 8: "O"}[z]] for z in graph["numbers"].tolist()]).double()
+    e0 = torch.tensor([ORGANIC.e0[{1: "H", 6: "C", 8: "O"}[z]] for z in graph["numbers"].tolist()], dtype=torch.float64)
     expected = e0 + 0.25 + 3 * (plain(graph)["node_energy"] - e0)
     torch.testing.assert_close(scaled(graph)["node_energy"], expected, rtol=0, atol=1e-9)
     torch.testing.assert_close(scaled(graph)["edge_gradient"], 3 * plain(graph)["edge_gradient"])

@@ -16,7 +16,7 @@ from torch_geometric.loader import DataLoader
 from mlff_engines.errors import DataError
 from mlff_engines.graph import INPUTS, collate, make_graph
 from mlff_engines.neighbors import neighbor_list_reference
-from mlff_training.dataset import (
+from mlff_training.data.dataset import (
     EpochSampler,
     GraphDataset,
     digest,
@@ -27,8 +27,8 @@ from mlff_training.dataset import (
     statistics,
     to_graph,
 )
-from mlff_training.formats import read
-from mlff_training.labels import DataWarning
+from mlff_training.data.formats import read
+from mlff_training.data.labels import DataWarning
 
 
 def labelled(atoms: Atoms, seed: int = 0, **more: object) -> Atoms:

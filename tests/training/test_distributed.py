@@ -21,9 +21,9 @@ import tiny
 from mlff_engines.checkpoint import load_checkpoint
 from mlff_engines.cli import main
 from mlff_engines.errors import ConfigError
+from mlff_training.data.xyz import write_xyz
 from mlff_training.distributed import World
 from mlff_training.state import load_state
-from mlff_training.xyz import write_xyz
 
 MLFF = str(Path(sys.executable).with_name("mlff"))
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -18,10 +18,10 @@ from ase.io import write as ase_write
 
 from mlff_engines.errors import DataError
 from mlff_engines.units import BOHR, HARTREE, KCAL_PER_MOL
-from mlff_training.dataset import digest
-from mlff_training.formats import convert, describe, read, write_xyz
-from mlff_training.labels import DataWarning
-from mlff_training.xyz import read_xyz
+from mlff_training.data.dataset import digest
+from mlff_training.data.formats import convert, describe, read, write_xyz
+from mlff_training.data.labels import DataWarning
+from mlff_training.data.xyz import read_xyz
 
 
 def energy(atoms: Atoms) -> float:

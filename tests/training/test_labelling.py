@@ -18,10 +18,12 @@ from ase.build import molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from mlff_engines.errors import DataError, StructureError, TeacherError
-from mlff_training.journal import Journal
-from mlff_training.labelling import label
-from mlff_training.teachers import TeacherConfig, hessian_row, make_teacher
-from mlff_training.xyz import read_xyz
+from mlff_training.data.xyz import read_xyz
+from mlff_training.teachers.calculator import hessian_row
+from mlff_training.teachers.config import TeacherConfig
+from mlff_training.teachers.journal import Journal
+from mlff_training.teachers.labelling import label
+from mlff_training.teachers.make import make_teacher
 
 TOYS = Path(__file__).parent
 
@@ -211,8 +213,8 @@ SCRIPT = """
     sys.path.insert(0, {toys!r})
     from ase import Atoms
     from pathlib import Path
-    from mlff_training.labelling import label
-    from mlff_training.teachers import TeacherConfig
+    from mlff_training.teachers.labelling import label
+    from mlff_training.teachers.config import TeacherConfig
     frames = [Atoms("He", positions=[[n, 0, 0]]) for n in range(40)]
     options = {{"log": {log!r}, "seconds": 0.05}}
     label(frames, TeacherConfig(name="toy_teachers:Springs", options=options), Path({out!r}), workers=2)

@@ -18,7 +18,7 @@ import tiny
 from mlff_engines.checkpoint import load_checkpoint
 from mlff_engines.config import parse
 from mlff_engines.errors import ConfigError, TrainingError
-from mlff_training.dataset import GraphDataset
+from mlff_training.data.dataset import GraphDataset
 from mlff_training.loop import TrainConfig, Trainer
 from mlff_training.losses import LossConfig, validate
 from mlff_training.state import load_state

@@ -19,9 +19,9 @@ from mlff_engines.errors import ConfigError, DataError, TrainingError
 from mlff_engines.models.registry import build_model, model_config
 from mlff_engines.potential import Potential, edge_forces
 from mlff_training import losses
-from mlff_training.dataset import GraphDataset, labels_of, to_graph
-from mlff_training.formats import read
-from mlff_training.labels import DataWarning
+from mlff_training.data.dataset import GraphDataset, labels_of, to_graph
+from mlff_training.data.formats import read
+from mlff_training.data.labels import DataWarning
 from mlff_training.losses import LossConfig, errors, require_labels, total_loss, validate
 
 CUTOFF = 4.0

@@ -9,8 +9,8 @@ from ase.build import bulk, molecule
 
 from mlff_engines.config import parse
 from mlff_engines.errors import ConfigError, DataError, StructureError
-from mlff_training.labelling import label
-from mlff_training.sampling import (
+from mlff_training.data.xyz import read_xyz
+from mlff_training.sampling.sample import (
     Dynamics,
     NormalModes,
     Rattle,
@@ -19,10 +19,11 @@ from mlff_training.sampling import (
     SamplingWarning,
     sample,
 )
-from mlff_training.selection import descriptors, farthest_points
-from mlff_training.teachers import TeacherConfig, make_teacher
-from mlff_training.trajectories import dynamics, normal_modes, relaxation, too_close
-from mlff_training.xyz import read_xyz
+from mlff_training.sampling.selection import descriptors, farthest_points
+from mlff_training.sampling.trajectories import dynamics, normal_modes, relaxation, too_close
+from mlff_training.teachers.config import TeacherConfig
+from mlff_training.teachers.labelling import label
+from mlff_training.teachers.make import make_teacher
 
 
 @pytest.fixture(autouse=True)

@@ -19,11 +19,11 @@ from mlff_engines.cli import main
 from mlff_engines.config import load_yaml
 from mlff_engines.errors import ConfigError, DataError
 from mlff_engines.potential import edge_forces
-from mlff_training.dataset import GraphDataset, to_graph
-from mlff_training.labels import DataWarning
+from mlff_training.data.dataset import GraphDataset, to_graph
+from mlff_training.data.labels import DataWarning
+from mlff_training.data.xyz import write_xyz
 from mlff_training.loop import TrainConfig
 from mlff_training.student import DataConfig, StudentConfig, domain_of, load_data, some_structures, train_student
-from mlff_training.xyz import write_xyz
 
 QUICK = TrainConfig(epochs=2, batch_size=4, tensorboard=False, warmup_steps=2)
 

@@ -23,9 +23,11 @@ from tblite.ase import TBLite
 
 from mlff_engines.config import parse
 from mlff_engines.errors import ConfigError, StructureError, TeacherError
-from mlff_training.remote_teacher import RemoteCalculator, TeacherLost
-from mlff_training.teacher_table import TEACHERS
-from mlff_training.teachers import TeacherCalculator, TeacherConfig, checked, hessian_row, make_teacher
+from mlff_training.teachers.calculator import TeacherCalculator, checked, hessian_row
+from mlff_training.teachers.config import TeacherConfig
+from mlff_training.teachers.make import make_teacher
+from mlff_training.teachers.remote import RemoteCalculator, TeacherLost
+from mlff_training.teachers.table import TEACHERS
 
 HERE = Path(sys.executable)
 TROUBLE = Atoms("He2", positions=[[101, 0, 0], [0, 0, 3]])
@@ -261,8 +263,8 @@ def test_killed_parent_leaves_no_orphan(tmp_path: Path) -> None:
         import sys
         sys.path.insert(0, {str(Path(__file__).parent)!r})
         from ase import Atoms
-        from mlff_training.remote_teacher import RemoteCalculator
-        from mlff_training.teachers import TeacherConfig
+        from mlff_training.teachers.remote import RemoteCalculator
+        from mlff_training.teachers.config import TeacherConfig
         options = {{"log": {str(log)!r}, "trouble": "hang"}}
         calculator = RemoteCalculator(TeacherConfig(name="toy_teachers:Springs", options=options))
         calculator.get_property("energy", Atoms("He", positions=[[101, 0, 0]]))

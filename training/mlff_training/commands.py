@@ -12,13 +12,13 @@ import yaml
 
 from mlff_engines.config import Config, describe_keys, load_yaml
 from mlff_engines.errors import ConfigError
-from mlff_training.checks import check_frames
+from mlff_training.data.checks import check_frames
+from mlff_training.data.formats import convert, describe, read
 from mlff_training.distill import DistillConfig, smoke
 from mlff_training.distill import distill as run_distill
-from mlff_training.formats import convert, describe, read
-from mlff_training.labelling import label as run_label
-from mlff_training.sampling import sample as run_sample
+from mlff_training.sampling.sample import sample as run_sample
 from mlff_training.student import StudentConfig, load_data, train_student
+from mlff_training.teachers.labelling import label as run_label
 from mlff_training.trial import Trial
 
 path_argument = click.Path(path_type=Path)

@@ -14,12 +14,12 @@ from rich.console import Console
 from mlff_engines.artifact import Dtype
 from mlff_engines.config import Config
 from mlff_engines.export import export
-from mlff_training.labelling import label
 from mlff_training.loop import TrainConfig
 from mlff_training.losses import LossConfig
-from mlff_training.sampling import Dynamics, Rattle, SamplingConfig, sample
+from mlff_training.sampling.sample import Dynamics, Rattle, SamplingConfig, sample
 from mlff_training.student import split_frames, train_student
-from mlff_training.teachers import TeacherConfig
+from mlff_training.teachers.config import TeacherConfig
+from mlff_training.teachers.labelling import label
 from mlff_training.trial import Trial, TrialConfig, try_student
 
 

@@ -28,7 +28,7 @@ from mlff_engines.models.base import AtomicModel
 from mlff_engines.models.registry import ModelConfig
 from mlff_engines.potential import Potential
 from mlff_engines.structure import Structure
-from mlff_training.dataset import GraphDataset, labels_of, to_graph
+from mlff_training.data.dataset import GraphDataset, labels_of, to_graph
 from mlff_training.distributed import World
 from mlff_training.logs import TrainingLog
 from mlff_training.losses import LossConfig, errors, require_labels, total_loss, validate

@@ -26,7 +26,7 @@ from mlff_engines.config import Config
 from mlff_engines.errors import DataError, TrainingError
 from mlff_engines.graph import Graph
 from mlff_engines.potential import Potential, edge_forces, edge_virial, stress_of
-from mlff_training.dataset import GraphDataset, labels_of, to_graph
+from mlff_training.data.dataset import GraphDataset, labels_of, to_graph
 
 
 class LossConfig(Config):

@@ -20,10 +20,10 @@ from mlff_engines.errors import ConfigError
 from mlff_engines.files import replacing
 from mlff_engines.models.registry import build_model, model_config
 from mlff_engines.structure import Structure
-from mlff_training.checks import check_frames, check_splits, fit_e0
-from mlff_training.dataset import GraphDataset, digest, load_splits, save_splits, split, statistics
+from mlff_training.data.checks import check_frames, check_splits, fit_e0
+from mlff_training.data.dataset import GraphDataset, digest, load_splits, save_splits, split, statistics
+from mlff_training.data.formats import read
 from mlff_training.distributed import world
-from mlff_training.formats import read
 from mlff_training.loop import TrainConfig, Trainer
 from mlff_training.losses import validate
 

@@ -23,10 +23,10 @@ from mlff_engines.config import Config
 from mlff_engines.evaluator import Evaluator
 from mlff_engines.files import replacing
 from mlff_engines.structure import FloatArray
-from mlff_training.labels import results
-from mlff_training.sampling import Dynamics, SamplingConfig, sample
+from mlff_training.data.labels import results
+from mlff_training.sampling.sample import Dynamics, SamplingConfig, sample
 from mlff_training.student import structure_of
-from mlff_training.teachers import TeacherConfig
+from mlff_training.teachers.config import TeacherConfig
 
 BROKEN = 0.5  # Å that a bond may be longer or shorter than at the start (MLIPAudit's criterion)
 ENERGY_TRACE = 5.0  # fs between the frames that are kept of a trajectory

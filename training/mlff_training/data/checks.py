@@ -17,9 +17,9 @@ from mlff_engines.errors import DataError
 from mlff_engines.neighbors import neighbor_list
 from mlff_engines.structure import SYMBOLS, FloatArray, IntArray
 from mlff_engines.units import BOHR, HARTREE, KCAL_PER_MOL, KJ_PER_MOL
-from mlff_training.duplicates import check_splits
-from mlff_training.e0 import E0Fit, fit_e0
-from mlff_training.labels import DataWarning, results
+from mlff_training.data.duplicates import check_splits
+from mlff_training.data.e0 import E0Fit, fit_e0
+from mlff_training.data.labels import DataWarning, results
 
 __all__ = ["DataWarning", "E0Fit", "Report", "check_frames", "check_splits", "fit_e0"]
 
@@ -71,7 +71,7 @@ def check_frames(frames: Sequence[Atoms], source: str, *, trust_units: bool = Fa
     """Check one set of labelled structures.
 
     Args:
-        frames: see `mlff_training.labels`.
+        frames: see `mlff_training.data.labels`.
         source: what to call the set in messages.
         trust_units: skip the judgement of units (T3), for data that are strange on purpose.
 

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from mlff_engines.errors import TeacherError
-from mlff_training import teacher_worker
-from mlff_training.teachers import TeacherCalculator, TeacherConfig, build_error
+from mlff_training.teachers import worker
+from mlff_training.teachers.calculator import TeacherCalculator, build_error
+from mlff_training.teachers.config import TeacherConfig
 
 _LOG_LINES = 12
 
@@ -53,7 +54,7 @@ class RemoteCalculator(TeacherCalculator):
         environment |= self.config.thread_limits
         try:
             process = subprocess.Popen(
-                [str(self._python), teacher_worker.__file__],
+                [str(self._python), worker.__file__],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -102,10 +103,10 @@ class RemoteCalculator(TeacherCalculator):
         assert process.stdin is not None
         assert process.stdout is not None
         try:
-            teacher_worker.send(process.stdin, request)  # type: ignore[arg-type]
+            worker.send(process.stdin, request)  # type: ignore[arg-type]
             deadline = time.monotonic() + self.config.timeout
             (size,) = struct.unpack(">Q", _read(process.stdout, 8, deadline))
-            return teacher_worker.decode(_read(process.stdout, size, deadline))
+            return worker.decode(_read(process.stdout, size, deadline))
         except TimeoutError:
             self._kill()
             raise TeacherLost(

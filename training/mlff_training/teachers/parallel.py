@@ -16,7 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mlff_training.teachers import TeacherCalculator, TeacherConfig, make_teacher
+from mlff_training.teachers.calculator import TeacherCalculator
+from mlff_training.teachers.config import TeacherConfig
+from mlff_training.teachers.make import make_teacher
 
 Task = TypeVar("Task")
 Answer = TypeVar("Answer")

@@ -16,10 +16,11 @@ from ase.calculators.singlepoint import SinglePointCalculator
 
 from mlff_engines.errors import DataError, StructureError, TeacherError
 from mlff_engines.files import replacing
-from mlff_training.journal import Journal
-from mlff_training.parallel import as_done, progress_bar, teacher_here, workers_for
-from mlff_training.teachers import TeacherConfig, hessian_row, state_of
-from mlff_training.xyz import write_xyz
+from mlff_training.data.xyz import write_xyz
+from mlff_training.teachers.calculator import hessian_row
+from mlff_training.teachers.config import TeacherConfig, state_of
+from mlff_training.teachers.journal import Journal
+from mlff_training.teachers.parallel import as_done, progress_bar, teacher_here, workers_for
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from ase import Atoms
 
 from mlff_engines.errors import DataError
 from mlff_engines.structure import NUMBERS
-from mlff_training.labels import DataWarning, Units, attach, resolve_units, set_state
+from mlff_training.data.labels import DataWarning, Units, attach, resolve_units, set_state
 
 # file -> numbers per frame: fixed, and per atom
 PER_FRAME = {

@@ -16,12 +16,13 @@ from pydantic import Field
 
 from mlff_engines.config import Config
 from mlff_engines.errors import DataError, StructureError, TeacherError
-from mlff_training import trajectories
-from mlff_training.parallel import as_done, progress_bar, teacher_here, workers_for
-from mlff_training.selection import descriptors, farthest_points
-from mlff_training.teachers import TeacherCalculator, TeacherConfig, state_of
-from mlff_training.trajectories import Exploded
-from mlff_training.xyz import read_xyz, write_xyz
+from mlff_training.data.xyz import read_xyz, write_xyz
+from mlff_training.sampling import trajectories
+from mlff_training.sampling.selection import descriptors, farthest_points
+from mlff_training.sampling.trajectories import Exploded
+from mlff_training.teachers.calculator import TeacherCalculator
+from mlff_training.teachers.config import TeacherConfig, state_of
+from mlff_training.teachers.parallel import as_done, progress_bar, teacher_here, workers_for
 
 Positive = Annotated[float, Field(gt=0)]
 
@@ -108,7 +109,7 @@ def sample(
 
     Every trajectory has a file of its own in ``<out>.trajectories/``, named for what it is and a hash of what decided
     it: a repeated call runs only what is not yet there. Frames for which the teacher was asked carry its labels;
-    `mlff_training.labelling.label` does not pay for them again. ``info["group"]`` names the trajectory.
+    `mlff_training.teachers.labelling.label` does not pay for them again. ``info["group"]`` names the trajectory.
 
     Args:
         start: structures to start from, with `info` charge and multiplicity.

@@ -18,9 +18,9 @@ from ase.optimize import FIRE
 
 from mlff_engines.errors import TeacherError
 from mlff_engines.structure import FloatArray
-from mlff_training.labelling import with_labels
-from mlff_training.remote_teacher import TeacherLost
-from mlff_training.teachers import TeacherCalculator, hessian_row
+from mlff_training.teachers.calculator import TeacherCalculator, hessian_row
+from mlff_training.teachers.labelling import with_labels
+from mlff_training.teachers.remote import TeacherLost
 
 
 class Exploded(Exception):

@@ -27,9 +27,9 @@ from ase.db import connect
 from ase.stress import voigt_6_to_full_3x3_stress
 
 from mlff_engines.errors import DataError
-from mlff_training.deepmd import read_deepmd
-from mlff_training.labels import attach, resolve_units, results, set_state
-from mlff_training.xyz import STATE_KEYS, read_xyz, take_labels, write_xyz
+from mlff_training.data.deepmd import read_deepmd
+from mlff_training.data.labels import attach, resolve_units, results, set_state
+from mlff_training.data.xyz import STATE_KEYS, read_xyz, take_labels, write_xyz
 
 __all__ = ["convert", "describe", "read", "write_xyz"]
 
@@ -49,7 +49,7 @@ Arrays = dict[str, npt.NDArray[Any]]
 def read(
     path: str | Path, *, energy_unit: str | None = None, length_unit: str | None = None, labels: str | None = "default"
 ) -> list[Atoms]:
-    """Read labelled structures (see `mlff_training.labels`), the format recognised from the content.
+    """Read labelled structures (see `mlff_training.data.labels`), the format recognised from the content.
 
     Args:
         path: file or folder.

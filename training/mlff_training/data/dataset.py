@@ -23,8 +23,8 @@ from mlff_engines.files import replacing
 from mlff_engines.graph import INPUTS, Graph
 from mlff_engines.neighbors import neighbor_list
 from mlff_engines.structure import SYMBOLS
-from mlff_training.duplicates import duplicate_pairs
-from mlff_training.labels import DataWarning, results
+from mlff_training.data.duplicates import duplicate_pairs
+from mlff_training.data.labels import DataWarning, results
 
 LABELS = ("energy", "forces", "stress", "volume", "energies", "hessian_row", "hessian_index")
 
@@ -54,7 +54,7 @@ class GraphDataset(Dataset[Data]):
     `stress` is there if any frame has one. `energies` and `hessian_row` are there if every frame has them.
 
     Args:
-        frames: see `mlff_training.labels`; every frame needs an energy and, unless it is a single atom, forces.
+        frames: see `mlff_training.data.labels`; every frame needs an energy and, unless it is a single atom, forces.
         cutoff: Å.
         dtype: of edge vectors, forces, stress and Hessian rows.
 

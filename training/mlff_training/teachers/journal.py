@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from mlff_engines.errors import DataError
-from mlff_training import teacher_worker
+from mlff_training.teachers import worker
 
 
 class Journal:
@@ -47,7 +47,7 @@ class Journal:
         for line in data[:whole].splitlines():
             crc, _, text = line.partition(b" ")
             if crc == _crc(text):
-                record = teacher_worker.decode(text)
+                record = worker.decode(text)
                 records[record["key"]] = record
             else:
                 damaged += 1
@@ -59,7 +59,7 @@ class Journal:
         """Write the records and wait until the disk has them."""
         lines = bytearray()
         for record in records:
-            text = json.dumps(record, default=teacher_worker.encode).encode()
+            text = json.dumps(record, default=worker.encode).encode()
             lines += _crc(text) + b" " + text + b"\n"
             self.records[record["key"]] = record
         view = memoryview(lines)

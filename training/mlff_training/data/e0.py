@@ -12,7 +12,7 @@ from ase import Atoms
 
 from mlff_engines.errors import DataError
 from mlff_engines.structure import SYMBOLS
-from mlff_training.labels import DataWarning, results
+from mlff_training.data.labels import DataWarning, results
 
 
 @dataclass(frozen=True)

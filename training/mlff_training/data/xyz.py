@@ -21,7 +21,7 @@ from ase.outputs import ArrayProperty, all_outputs
 
 from mlff_engines.errors import DataError, suggest
 from mlff_engines.files import replacing
-from mlff_training.labels import attach, resolve_units, results, set_state
+from mlff_training.data.labels import attach, resolve_units, results, set_state
 
 # label set -> label -> keys that name it, in headers, per-atom columns and ASE databases
 LABELS: dict[str, dict[str, tuple[str, ...]]] = {

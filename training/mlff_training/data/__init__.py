@@ -1,0 +1,1 @@
+"""Labelled structures: files, units, checks, splits and graphs."""

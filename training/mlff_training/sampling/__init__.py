@@ -1,0 +1,1 @@
+"""Structures worth labelling: where they come from and which are kept."""

@@ -1,0 +1,1 @@
+"""Teachers, near and far, and the labels they give."""

@@ -210,7 +210,10 @@ def load(path: Path | str, device: str | torch.device = "cpu", dtype: Dtype | No
     """
     path = Path(path)
     manifest, golden = _read(path)
-    device = torch.device(device)
+    try:
+        device = torch.device(device)
+    except RuntimeError:
+        raise ArtifactError(f"unknown device {device!r}; allowed: cpu, cuda, cuda:1, ...") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ArtifactError(f"device {device} was asked for but this torch {torch.__version__} sees no CUDA: use cpu")
     try:

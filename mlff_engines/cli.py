@@ -185,6 +185,9 @@ def _run(command: click.Command, args: Sequence[str] | None) -> None:
     except MLFFError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
+    except OSError as error:  # a file or disk that cannot be used; anything else is a bug and shows its traceback
+        click.echo(f"error: {error.strerror or error}: {error.filename or 'see above'}", err=True)
+        sys.exit(1)
 
 
 def main(args: Sequence[str] | None = None) -> None:

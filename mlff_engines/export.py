@@ -15,6 +15,7 @@ from mlff_engines.artifact import DTYPES, SCHEMA, Artifact, Dtype, Golden, Manif
 from mlff_engines.checkpoint import CheckpointConfig, Domain, load_checkpoint, set_dtype
 from mlff_engines.errors import ArtifactError
 from mlff_engines.evaluator import Evaluator
+from mlff_engines.files import replacing
 from mlff_engines.graph import OUTPUTS
 from mlff_engines.models.base import AtomicModel
 from mlff_engines.models.registry import model_config
@@ -90,7 +91,7 @@ def export(
         units=Units(length="Angstrom", energy="eV"),
         dtype=dtype,
         cutoff=first.cutoff,
-        layers=first.interactions,
+        layers=max(model_config(config.model).interactions for config in configs),
         takes_charge=first.charge,
         takes_spin=first.spin,
         outputs=outputs,
@@ -98,16 +99,13 @@ def export(
         e0=_e0(members, domain),
         training=[config.training for config in configs],
         weights_sha256=[config.sha256 for config in configs],
-        bytes_per_edge=_bytes_per_edge(evaluator(potential, DTYPES[dtype]), next(iter(named.values()))),
+        bytes_per_edge=_bytes_per_edge(potential, evaluator(potential, DTYPES[dtype]), named["triclinic box"]),
         torch_version=str(torch.__version__),
     )
-    artifact.save(out, artifact.script(potential), manifest, golden)
-    made = artifact.load(out, device)
-    try:
+    with replacing(out) as temporary:  # takes its place only when it has proved itself
+        artifact.save(temporary, artifact.script(potential), manifest, golden)
+        made = artifact.load(temporary, device)
         made.verify()
-    except ArtifactError:
-        out.unlink()
-        raise
     return made
 
 
@@ -154,16 +152,18 @@ def _e0(members: Sequence[Potential], domain: Domain) -> dict[str, float]:
     }
 
 
-def _bytes_per_edge(evaluate: Evaluator, structure: Structure) -> float:
-    """Memory that one evaluation keeps for its gradient, per edge."""
-    kept = 0.0
+def _bytes_per_edge(potential: nn.Module, evaluate: Evaluator, structure: Structure) -> float:
+    """Memory that one evaluation keeps for its gradient, weights apart, per edge of `structure`."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in potential.parameters()}
+    kept: dict[int, int] = {}  # many tensors are views of one storage
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        nonlocal kept
-        kept += tensor.nelement() * tensor.element_size()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         evaluate(structure)
     edges: int = evaluate.neighbors.update(structure)[0].shape[1]
-    return kept / max(edges, 1)
+    return sum(kept.values()) / max(edges, 1)

@@ -64,11 +64,12 @@ class Ensemble(nn.Module):
         node_energy = torch.stack(energies)  # (M, N)
         totals = node_energy.new_zeros((node_energy.shape[0], graph["charge"].shape[0]))
         totals = totals.index_add(1, graph["batch"], node_energy * graph["owned"])
+        member_forces = torch.stack(forces)  # (M, N, 3)
         return {
             "node_energy": node_energy.mean(0),
             "edge_gradient": torch.stack(gradients).mean(0),
             "energy_std": totals.std(0, unbiased=False),
-            "force_std": torch.stack(forces).var(0, unbiased=False).sum(-1).sqrt(),
+            "force_std": (member_forces - member_forces.mean(0)).square().sum(-1).mean(0).sqrt(),
         }
 
 

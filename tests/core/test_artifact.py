@@ -150,6 +150,11 @@ def test_absent_device_is_named(student: Path) -> None:
         load(student, device="cuda")
 
 
+def test_unknown_device_is_explained(student: Path) -> None:
+    with pytest.raises(ArtifactError, match="unknown device 'gpu'; allowed: cpu, cuda"):
+        load(student, device="gpu")
+
+
 @pytest.mark.fault("A1")
 @pytest.mark.parametrize("read", [inspect, load])
 def test_missing_path(tmp_path: Path, read: Any) -> None:

@@ -13,9 +13,11 @@ from ase.calculators.singlepoint import SinglePointCalculator
 
 from mlff_engines.errors import DataError
 from mlff_engines.units import BOHR, HARTREE, KCAL_PER_MOL, KJ_PER_MOL
-from mlff_training.data.checks import DataWarning, check_frames, check_splits, fit_e0
-from mlff_training.data.duplicates import duplicate_pairs
+from mlff_training.data.checks import check_frames
+from mlff_training.data.duplicates import check_splits, duplicate_pairs
+from mlff_training.data.e0 import fit_e0
 from mlff_training.data.formats import read
+from mlff_training.data.labels import DataWarning
 
 
 def labelled(atoms: Atoms, energy: float, forces: np.ndarray | None = None) -> Atoms:

@@ -17,7 +17,6 @@ from mlff_engines.errors import DataError
 from mlff_engines.graph import INPUTS, collate, make_graph
 from mlff_engines.neighbors import neighbor_list_reference
 from mlff_training.data.dataset import (
-    EpochSampler,
     GraphDataset,
     digest,
     labels_of,
@@ -126,36 +125,6 @@ def test_digest_sees_data_and_not_metadata(mixed: list[Atoms]) -> None:
     assert digest(mixed) == before
     mixed[0].calc.results["energy"] += 1e-12
     assert digest(mixed) != before
-
-
-# ---------------------------------------------------------------- sampler
-
-
-def test_sampler_depends_on_seed_and_epoch_only() -> None:
-    sampler = EpochSampler(20, seed=3)
-    sampler.set_epoch(4)
-    order = list(sampler)
-    assert sorted(order) == list(range(20))
-    list(sampler)
-    fresh = EpochSampler(20, seed=3)
-    assert list(fresh) != order
-    fresh.set_epoch(4, start=7)
-    resumed = EpochSampler(20, seed=3)
-    resumed.load_state(fresh.state)
-    assert list(resumed) == order[7:]
-    assert len(resumed) == 13
-    with pytest.raises(DataError, match="seed"):
-        EpochSampler(20, seed=4).load_state(fresh.state)
-
-
-def test_ranks_share_an_epoch() -> None:
-    whole = EpochSampler(20, seed=1)
-    parts = [EpochSampler(20, seed=1, rank=rank, world_size=2) for rank in range(2)]
-    for sampler in (whole, *parts):
-        sampler.set_epoch(2)
-    one, two = map(list, parts)
-    assert sorted(one + two) == list(range(20))
-    assert one == list(whole)[::2]
 
 
 # ---------------------------------------------------------------- splits

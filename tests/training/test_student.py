@@ -19,7 +19,7 @@ from mlff_engines.cli import main
 from mlff_engines.config import load_yaml
 from mlff_engines.errors import ConfigError, DataError
 from mlff_engines.potential import edge_forces
-from mlff_training.data.dataset import GraphDataset, to_graph
+from mlff_training.data.dataset import GraphDataset, statistics, to_graph
 from mlff_training.data.labels import DataWarning
 from mlff_training.data.xyz import write_xyz
 from mlff_training.loop import TrainConfig
@@ -50,7 +50,7 @@ def test_domain(frames: list[Atoms]) -> None:
     frames[0].set_positions([[0, 0, 0], [1.9, 0, 0], [0, 2.4, 0], [0, 0, 2.7]])
     frames[1].set_positions([[0, 0, 0], [2.2, 0, 0], [0, 2.8, 0], [0, 0, 2.9]])
     frames[1].info |= {"charge": -1.0, "multiplicity": 2}
-    domain = domain_of(frames)
+    domain = domain_of(frames, statistics(frames))
     assert domain.elements == ["Cu", "Au"]
     assert domain.min_distances["Au-Cu"] == 1.9
     assert domain.min_distances["Cu-Cu"] == pytest.approx(np.hypot(1.9, 2.4), abs=1e-4)
@@ -62,7 +62,7 @@ def test_checkpoint_says_what_it_is_made_of(frames: list[Atoms], tmp_path: Path)
     parts = {"train": frames[:16], "valid": frames[16:], "test": []}
     best = train_student(parts, tiny.E0, tiny.MODEL, QUICK, tmp_path, teacher="emt")
     potential, config = load_checkpoint(tmp_path / "best")
-    assert config.domain == domain_of(parts["train"])
+    assert config.domain == domain_of(parts["train"], statistics(parts["train"]))
     assert config.training["teacher"] == "emt"
     assert config.training["frames"] == {"train": 16, "valid": 4, "test": 0}
     assert {"valid": config.training["valid"]} == best

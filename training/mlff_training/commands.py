@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -195,6 +196,8 @@ def train(config: Path, out: Path, allow_config_change: bool) -> None:
         device=settings.device,
         allow_config_change=allow_config_change,
     )
+    if int(os.environ.get("RANK", "0")) > 0:  # torchrun: one process speaks for all
+        return
     click.echo(f"best checkpoint: {out / 'best'}")
     for part, errors in found.items():
         forces, energy = (1e3 * errors[f"{what}_mae"] for what in ("forces", "energy"))

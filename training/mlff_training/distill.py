@@ -11,8 +11,10 @@ from ase.calculators.calculator import Calculator
 from pydantic import Field
 from rich.console import Console
 
-from mlff_engines.artifact import Dtype
+from mlff_engines.artifact import Dtype, inspect
+from mlff_engines.checkpoint import load_checkpoint
 from mlff_engines.config import Config
+from mlff_engines.errors import ArtifactError
 from mlff_engines.export import export
 from mlff_training.loop import TrainConfig
 from mlff_training.losses import LossConfig
@@ -28,7 +30,7 @@ class DistillConfig(Config):
 
     start: list[Path] = Field([], description="structure files to start from, relative to the configuration file")
     output: Path | None = Field(None, description="folder of the run, relative to the working directory")
-    teacher: TeacherConfig = TeacherConfig(name="gfn2-xtb")
+    teacher: TeacherConfig = Field(TeacherConfig(name="gfn2-xtb"), description="who labels")
     workers: int = Field(2, ge=1, description="teacher processes")
     sampling: SamplingConfig = SamplingConfig(
         md=Dynamics(temperatures=(300.0, 450.0, 700.0), seeds=(0, 1), steps=8000, interval=10),
@@ -42,8 +44,8 @@ class DistillConfig(Config):
     train: TrainConfig = TrainConfig(epochs=60, batch_size=10, loss=LossConfig(kind="huber"))
     members: int = Field(1, ge=1, description="students trained from different seeds; more than one is an ensemble")
     dtype: Dtype = Field("float32", description="of the artifact")
-    device: str = "cpu"
-    trial: TrialConfig | None = TrialConfig()
+    device: str = Field("cpu", description="to train on: cpu, cuda, cuda:1, ...")
+    trial: TrialConfig | None = Field(TrialConfig(), description="what the student is tried on; null leaves it out")
 
 
 def distill(
@@ -92,12 +94,23 @@ def distill(
         )
         checkpoints.append(folder / f"member-{member}" / "best")
     artifact = folder / "student.pt"
-    say(f"[4/5] exporting {artifact}")
-    export(checkpoints, artifact, dtype=config.dtype, overwrite=True)
+    if not _is_made_of(artifact, checkpoints, config.dtype):
+        say(f"[4/5] exporting {artifact}")
+        export(checkpoints, artifact, dtype=config.dtype, overwrite=True)
     if config.trial is None:
         return artifact, None
     say("[5/5] trying the student on trajectories of the teacher it has never seen, and in molecular dynamics")
     return artifact, try_student(artifact, start, config.teacher, config.trial, folder / "trial", calculator)
+
+
+def _is_made_of(artifact: Path, checkpoints: Sequence[Path], dtype: Dtype) -> bool:
+    """Whether `artifact` is there, whole, and the export of these checkpoints."""
+    try:
+        manifest = inspect(artifact)
+    except ArtifactError:
+        return False
+    weights = [load_checkpoint(folder)[1].sha256 for folder in checkpoints]
+    return manifest.dtype == dtype and manifest.weights_sha256 == weights
 
 
 def smoke(config: DistillConfig) -> DistillConfig:

@@ -20,8 +20,10 @@ from mlff_engines.errors import ConfigError
 from mlff_engines.files import replacing
 from mlff_engines.models.registry import build_model, model_config
 from mlff_engines.structure import Structure
-from mlff_training.data.checks import check_frames, check_splits, fit_e0
+from mlff_training.data.checks import check_frames
 from mlff_training.data.dataset import GraphDataset, digest, load_splits, save_splits, split, statistics
+from mlff_training.data.duplicates import check_splits
+from mlff_training.data.e0 import fit_e0
 from mlff_training.data.formats import read
 from mlff_training.distributed import world
 from mlff_training.loop import TrainConfig, Trainer
@@ -41,7 +43,7 @@ class DataConfig(Config):
         [], description="likewise for frames used only for the final errors; default none"
     )
     train_size: int | None = Field(None, ge=1, description="use only so many of the training frames")
-    split_seed: int = 0
+    split_seed: int = Field(0, description="of the shuffle before the split")
     split_by: Literal["group", "frame"] = Field("group", description="keep trajectories (groups) whole or not")
     energy_unit: str | None = Field(None, description="unit of energies where the file does not say")
     length_unit: str | None = Field(None, description="unit of lengths where the file does not say")
@@ -52,11 +54,11 @@ class DataConfig(Config):
 class StudentConfig(Config):
     """A file for `mlff train`."""
 
-    data: DataConfig
+    data: DataConfig = Field(description="labelled frames")
     e0: Literal["fit", "isolated"] | dict[str, float] = Field("fit", description="reference energies per element, eV")
     model: dict[str, Any] = Field(default_factory=dict, description="architecture and hyper-parameters")
-    train: TrainConfig = TrainConfig()
-    device: str = "cpu"
+    train: TrainConfig = Field(TrainConfig(), description="the training loop")
+    device: str = Field("cpu", description="cpu, cuda, cuda:1, ...")
 
 
 def load_data(config: DataConfig, folder: Path) -> dict[str, list[Atoms]]:
@@ -128,7 +130,7 @@ def train_student(
     sets = {name: GraphDataset(parts[name], config.cutoff, kind) for name in ("train", "valid")}
     facts = statistics(parts["train"], config.cutoff)
     reference = fit_e0(parts["train"], e0)
-    domain = domain_of(parts["train"])
+    domain = domain_of(parts["train"], facts)
     for name, trained, taken in (("charge", domain.charges, config.charge), ("spin", domain.spins, config.spin)):
         if len(trained) > 1 and not taken:
             raise ConfigError(
@@ -176,9 +178,8 @@ def train_student(
     return found
 
 
-def domain_of(frames: Frames) -> Domain:
-    """Elements, shortest distances, charges and spins of `frames`."""
-    facts = statistics(frames)
+def domain_of(frames: Frames, facts: Mapping[str, Any]) -> Domain:
+    """Elements, shortest distances, charges and spins of `frames`, whose `statistics` are `facts`."""
     return Domain(
         elements=facts["elements"],
         min_distances={pair: round(distance, 4) for pair, distance in facts["min_distance"].items()},

@@ -17,12 +17,7 @@ from mlff_engines.errors import DataError
 from mlff_engines.neighbors import neighbor_list
 from mlff_engines.structure import SYMBOLS, FloatArray, IntArray
 from mlff_engines.units import BOHR, HARTREE, KCAL_PER_MOL, KJ_PER_MOL
-from mlff_training.data.duplicates import check_splits
-from mlff_training.data.e0 import E0Fit, fit_e0
 from mlff_training.data.labels import DataWarning, results
-
-__all__ = ["DataWarning", "E0Fit", "Report", "check_frames", "check_splits", "fit_e0"]
-
 
 # how wrong energies come out when numbers in this unit are taken for eV
 ENERGY_FACTORS = {"Hartree": 1 / HARTREE, "kcal/mol": 1 / KCAL_PER_MOL, "kJ/mol": 1 / KJ_PER_MOL, "meV": 1e3}

@@ -6,8 +6,7 @@ import hashlib
 import json
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 from ase import Atoms
 from torch import Tensor
-from torch.utils.data import Dataset, DistributedSampler
+from torch.utils.data import Dataset
 from torch_geometric.data import Data
 
 from mlff_engines.errors import DataError
@@ -159,46 +158,6 @@ def digest(frames: Sequence[Atoms]) -> str:
             array = np.ascontiguousarray(value, dtype="<f8") + 0.0  # no minus zero
             hashed.update(f"{name}{array.shape}".encode() + array.tobytes())
     return hashed.hexdigest()
-
-
-class EpochSampler(DistributedSampler[Any]):
-    """Shuffled indices that depend on `seed` and the epoch alone, so that training resumes with the same order.
-
-    torch's `DistributedSampler` over `range(n)`, that can start in the middle of an epoch.
-
-    Attributes:
-        state: JSON-able position, for `load_state`; `start` counts samples of this rank already used.
-    """
-
-    def __init__(self, n: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
-        super().__init__(range(n), num_replicas=world_size, rank=rank, shuffle=True, seed=seed)  # type: ignore[arg-type]
-        self.start = 0
-
-    def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Go to sample `start` (of this rank) of `epoch`."""
-        super().set_epoch(epoch)
-        self.start = start
-
-    def __iter__(self) -> Iterator[int]:
-        return islice(super().__iter__(), self.start, None)
-
-    def __len__(self) -> int:
-        return super().__len__() - self.start
-
-    @property
-    def state(self) -> dict[str, int]:
-        """Where this sampler stands."""
-        return {"seed": self.seed, "epoch": self.epoch, "start": self.start}
-
-    def load_state(self, state: Mapping[str, int]) -> None:
-        """Take up a `state`.
-
-        Raises:
-            DataError: for the state of a sampler with another seed, whose order cannot be continued.
-        """
-        if state["seed"] != self.seed:
-            raise DataError(f"the saved order has seed {state['seed']}, this one {self.seed}; use the same seed")
-        self.set_epoch(state["epoch"], state["start"])
 
 
 def split(

@@ -79,6 +79,7 @@ class CosineCutoff(nn.Module):
 class PolynomialCutoff(nn.Module):
     """1 - (p+1)(p+2)/2 x^p + p(p+2) x^(p+1) - p(p+1)/2 x^(p+2), x = r/r_c (DimeNet, arXiv 2003.03123, Eq. 8).
 
+    Evaluated as (1 - x)³ Σ_k (k+1)(k+2)/2 x^k, k < p, whose digits do not cancel near the cutoff.
     Continuous second derivative. p = 6 is the envelope of DimeNet and NequIP; p = 3 is PhysNet's
     1 - 10x³ + 15x⁴ - 6x⁵ (Unke & Meuwly, JCTC 15, 3678 (2019), Eq. 7).
     """
@@ -90,11 +91,11 @@ class PolynomialCutoff(nn.Module):
 
     def forward(self, r: Tensor) -> Tensor:
         """Envelope (E,) at distances `r` (E,), Å."""
-        p = float(self.p)
-        x = r / self.cutoff
-        xp = x**self.p
-        value = 1 - xp * ((p + 1) * (p + 2) / 2 - x * (p * (p + 2) - x * (p * (p + 1) / 2)))
-        return value * (x < 1)
+        x = (r / self.cutoff).clamp(max=1.0)
+        total = torch.zeros_like(x)
+        for k in range(self.p - 1, -1, -1):
+            total = total * x + 0.5 * (k + 1) * (k + 2)
+        return (1 - x) ** 3 * total
 
 
 def make_basis(name: BasisName, size: int, cutoff: float) -> nn.Module:

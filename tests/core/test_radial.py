@@ -72,6 +72,17 @@ def test_cosine_has_a_kink_in_its_slope_at_the_cutoff() -> None:
 
 
 @pytest.mark.parametrize("name", CUTOFFS)
+def test_cutoff_functions_keep_their_digits_in_float32(name: Any) -> None:
+    """Near the cutoff a polynomial written as one minus its terms is off by 1e-5, and jumps to zero by that much."""
+    function = make_cutoff(name, CUTOFF)
+    r = torch.linspace(0.9, 1, 200) * CUTOFF
+    torch.testing.assert_close(function(r).double(), function(r.double()), rtol=0, atol=1e-7)
+    single, double = r.clone().requires_grad_(), r.double().requires_grad_()
+    slopes = [torch.autograd.grad(function(x).sum(), x)[0].double() for x in (single, double)]
+    torch.testing.assert_close(*slopes, rtol=0, atol=3e-7)
+
+
+@pytest.mark.parametrize("name", CUTOFFS)
 def test_cutoff_functions_fall(name: Any) -> None:
     r = torch.linspace(0, 1.2 * CUTOFF, 500, dtype=torch.float64)
     values = make_cutoff(name, CUTOFF)(r)

@@ -41,7 +41,7 @@ class DistillConfig(Config):
     valid: float | int = Field(100, description="number or fraction of the frames set aside for validation")
     e0: Literal["fit", "isolated"] | dict[str, float] = Field("fit", description="reference energies per element, eV")
     model: dict[str, Any] = Field(default_factory=dict, description="architecture and hyper-parameters")
-    train: TrainConfig = TrainConfig(epochs=60, batch_size=10, loss=LossConfig(kind="huber"))
+    train: TrainConfig = TrainConfig(epochs=40, batch_size=10, loss=LossConfig(kind="huber"))
     members: int = Field(1, ge=1, description="students trained from different seeds; more than one is an ensemble")
     dtype: Dtype = Field("float32", description="of the artifact")
     device: str = Field("cpu", description="to train on: cpu, cuda, cuda:1, ...")

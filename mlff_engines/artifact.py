@@ -6,7 +6,7 @@ Layout of `student.pt` (a zip archive, as `torch.jit.save` writes it):
 |---------------------|------------------------------------------------------------------------------------|
 | `code/`, `data.pkl` | the scripted `Potential` or `Ensemble`; its contract stands in `mlff_engines.graph` |
 | `extra/golden.json` | small structures with the energies, forces and virials of the eager float64 model  |
-| `extra/mlff.json`   | the `Manifest`; its `sha256` covers every other entry                              |
+| `extra/mlff.json`   | the `Manifest`; its `sha256` covers all the rest of the archive                    |
 
 A TorchScript file is a program. The manifest is read, and every hash checked, before any of it is executed.
 This is the only file of the project that names `torch.jit`.
@@ -18,7 +18,7 @@ import hashlib
 import json
 import warnings
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -74,7 +74,7 @@ class Manifest(Config):
     weights_sha256: list[str] = Field(description="of the checkpoint of each member")
     bytes_per_edge: float | None = Field(None, description="memory of one evaluation")
     torch_version: str
-    sha256: str = Field("", description="of every other entry of the archive")
+    sha256: str = Field("", description="of all else in the archive")
 
 
 class Golden(StructureRecord):
@@ -181,7 +181,8 @@ def save(path: Path, scripted: nn.Module, manifest: Manifest, golden: Sequence[G
         with _no_deprecation():
             torch.jit.save(scripted, str(temporary), _extra_files=extra)
         with zipfile.ZipFile(temporary, "a") as archive:
-            manifest = manifest.model_copy(update={"sha256": _digest(archive)})
+            digest = _digest(archive, manifest.model_dump(mode="json"))
+            manifest = manifest.model_copy(update={"sha256": digest})
             root = archive.namelist()[0].split("/")[0]
             archive.writestr(f"{root}/extra/{MANIFEST}", manifest.model_dump_json(indent=1))
     return manifest
@@ -271,7 +272,7 @@ def _read(path: Path) -> tuple[Manifest, list[Golden]]:
                     f"{path} has schema version {version}; this mlff-engines reads up to {SCHEMA}: upgrade mlff-engines"
                 )
             manifest = parse(Manifest, content, f"manifest of {path}")
-            digest = _digest(archive)
+            digest = _digest(archive, content)
             golden = [Golden.model_validate(g) for g in json.loads(archive.read(members[f"extra/{GOLDEN}"]))]
         except ConfigError as error:
             raise ArtifactError(f"{error}. Export the artifact again from its checkpoint") from None
@@ -285,9 +286,10 @@ def _read(path: Path) -> tuple[Manifest, list[Golden]]:
     return manifest, golden
 
 
-def _digest(archive: zipfile.ZipFile) -> str:
-    """SHA-256 over name and content of every entry but the manifest."""
-    digest = hashlib.sha256()
+def _digest(archive: zipfile.ZipFile, manifest: Mapping[str, Any]) -> str:
+    """SHA-256 over name and content of every entry, and over the manifest less this hash."""
+    claims = {key: value for key, value in manifest.items() if key != "sha256"}
+    digest = hashlib.sha256(json.dumps(claims, sort_keys=True).encode())
     for name in sorted(archive.namelist()):
         if not name.endswith(f"/extra/{MANIFEST}"):
             content = archive.read(name)

@@ -18,10 +18,10 @@ def rewritten(path: Path, out: Path, change: Callable[[str, bytes], bytes], *, r
             if not info.filename.endswith(artifact.MANIFEST):
                 new.writestr(info, change(info.filename, old.read(info)))
         name = next(name for name in old.namelist() if name.endswith(artifact.MANIFEST))
-        manifest = old.read(name)
-        if rehash:
-            manifest = json.dumps(json.loads(manifest) | {"sha256": artifact._digest(new)}).encode()
-        new.writestr(name, change(name, manifest))
+        manifest = change(name, old.read(name))
+        if rehash and isinstance(content := json.loads(manifest), dict):
+            manifest = json.dumps(content | {"sha256": artifact._digest(new, content)}).encode()
+        new.writestr(name, manifest)
     return out
 
 

@@ -12,8 +12,8 @@
 Message (Eq. 7-8):  Δs_i = Σ_j φ_s(s_j) W_s;  Δv_i = Σ_j [v_j φ_vv(s_j) W_vv + φ_vs(s_j) W_vs r_ij/|r_ij|]
 Update (Eq. 9-10):  Δs_i = a_ss + a_sv <U v_i, V v_i>;  Δv_i = a_vv U v_i,  a = update_net(s_i, |V v_i|)
 
-Order and shape of the parameters follow SchNetPack 2 (Schütt et al., JCP 158, 144801 (2023)), so that its weights fit;
-its parts of a message come in the order (Δs, W_vs, W_vv) and its update mixes as (V, U).
+The parameters map one to one, shape by shape, to those of SchNetPack 2 (Schütt et al., JCP 158, 144801 (2023)): the
+parts of a message come in the order (Δs, W_vs, W_vv), and an update mixes as (V, U).
 """
 
 from __future__ import annotations

@@ -78,6 +78,17 @@ def test_altered_content_is_not_executed(student: Path, tmp_path: Path, part: st
 
 
 @pytest.mark.fault("A3")
+def test_altered_claims_are_not_believed(student: Path, tmp_path: Path, no_execution: list[str]) -> None:
+    def farther(name: str, content: bytes) -> bytes:
+        return content.replace(b'"cutoff": 4.0', b'"cutoff": 4.5') if name.endswith(artifact.MANIFEST) else content
+
+    altered = rewritten(student, tmp_path / "altered.pt", farther, rehash=False)
+    with pytest.raises(ArtifactError, match="It was not executed"):
+        load(altered)
+    assert no_execution == []
+
+
+@pytest.mark.fault("A3")
 def test_added_code_is_not_executed(student: Path, tmp_path: Path, no_execution: list[str]) -> None:
     added = Path(shutil.copy(student, tmp_path / "added.pt"))
     with zipfile.ZipFile(added, "a") as archive:

@@ -17,7 +17,7 @@ from mlff_engines.neighbors import neighbor_list
 from mlff_engines.potential import Potential, edge_forces
 from mlff_engines.structure import Structure
 from mlff_engines.validation.conformance import check_model
-from mlff_engines.validation.derivatives import check_forces, richardson
+from mlff_engines.validation.derivatives import check_forces, derivative, richardson
 from mlff_engines.validation.neighbor_cases import check_neighbors
 from mlff_engines.validation.parity import check_parity, reference
 from mlff_engines.validation.result import NAMES, TOLERANCES, CheckResult, Claims, Worst
@@ -175,6 +175,22 @@ def test_richardson_knows_its_uncertainty() -> None:
     slope, uncertainty = richardson(lambda x: np.exp(3 * x) + 1e-6 * noise.standard_normal(), 0.05)
     assert abs(slope - 3) < 10 * uncertainty
     assert uncertainty > 1e-6
+
+
+def test_stiff_functions_get_smaller_steps() -> None:
+    """A student far outside its training: forces of thousands of eV/Å."""
+
+    def stiff(x: float) -> float:
+        return float(np.exp(300 * x))
+
+    assert richardson(stiff, 0.02)[1] > 1e-4
+    slope, uncertainty = derivative(stiff, 0.02, enough=1e-6)
+    assert uncertainty < 1e-6
+    assert abs(slope - 300) < 5 * uncertainty
+    # enough is enough: no further calls
+    calls = []
+    derivative(lambda x: calls.append(x) or x, 0.02, enough=1e-3)  # type: ignore[func-returns-value]
+    assert len(calls) == 12
 
 
 def test_not_a_number_never_passes() -> None:

@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from mlff_engines.units import BOHR
+
 BasisName = Literal["bessel", "gaussian", "bernstein"]
 CutoffName = Literal["cosine", "polynomial", "physnet"]
 
@@ -56,7 +58,7 @@ class BernsteinBasis(nn.Module):
         self.log_binomial = nn.Buffer(log_binomial)
         self.power = nn.Buffer(power)
         self.complement = nn.Buffer(degree - power)
-        self.gamma = 0.5 / 0.529177210903
+        self.gamma = 0.5 / BOHR
 
     def forward(self, r: Tensor) -> Tensor:
         """Basis functions (E, size) at distances `r` (E,), Å."""

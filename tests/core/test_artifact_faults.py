@@ -291,6 +291,7 @@ def test_manifest_that_is_no_manifest(student: Path, tmp_path: Path) -> None:
             student,
             tmp_path / "odd.pt",
             lambda name, old, content=content: content if name.endswith(artifact.MANIFEST) else old,
+            rehash=False,
         )
         with pytest.raises(ArtifactError, match=r"odd\.pt"):
             load(path)

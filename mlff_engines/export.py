@@ -80,7 +80,7 @@ def export(
 
     potential = assemble()
     set_dtype(potential, DTYPES[dtype])
-    potential.eval().to(device)
+    potential.eval()
     members = [member for member in potential.modules() if isinstance(member, Potential)]
     outputs = [name for name in OUTPUTS if len(members) > 1 or not name.endswith("_std")]
     manifest = Manifest(
@@ -103,14 +103,14 @@ def export(
         torch_version=str(torch.__version__),
     )
     with replacing(out) as temporary:  # takes its place only when it has proved itself
-        artifact.save(temporary, artifact.script(potential), manifest, golden)
+        artifact.save(temporary, artifact.script(potential.to(device)), manifest, golden)
         made = artifact.load(temporary, device)
         made.verify()
     return made
 
 
 def _common_domain(folders: Sequence[Path], configs: Sequence[CheckpointConfig]) -> Domain:
-    """The domain of an ensemble; its members must share elements and inputs."""
+    """The domain of an ensemble; its members must share elements, charges, spins and inputs."""
     first = configs[0]
     for folder, other in zip(folders, configs, strict=True):
         for name in ("cutoff", "charge", "spin"):
@@ -119,12 +119,18 @@ def _common_domain(folders: Sequence[Path], configs: Sequence[CheckpointConfig])
                     f"{folder} has {name} {other.model[name]} but {folders[0]} has {first.model[name]}: "
                     "the members of an ensemble share cutoff and inputs"
                 )
-        if other.domain.elements != first.domain.elements:
-            raise ArtifactError(
-                f"{folder} knows {other.domain.elements} but {folders[0]} knows {first.domain.elements}: "
-                "the members of an ensemble share their elements"
-            )
-    return first.domain
+        for name in ("elements", "charges", "spins"):
+            theirs, ours = getattr(other.domain, name), getattr(first.domain, name)
+            if theirs != ours:
+                raise ArtifactError(
+                    f"{folder} was trained on {name} {theirs} but {folders[0]} on {ours}: the members of an ensemble "
+                    "share elements, charges and spins"
+                )
+    # where every member has seen data
+    distances = [config.domain.min_distances for config in configs]
+    common = set.intersection(*map(set, distances))
+    shortest = {pair: max(seen[pair] for seen in distances) for pair in sorted(common)}
+    return first.domain.model_copy(update={"min_distances": shortest})
 
 
 def synthetic(domain: Domain) -> dict[str, Structure]:

@@ -99,8 +99,17 @@ def test_members_of_other_elements(tmp_path: Path) -> None:
         Domain(elements=["H", "C"]),
         {},
     )
-    with pytest.raises(ArtifactError, match=r"two knows \['H', 'C'\] but .*one knows \['H', 'C', 'O'\]: the members"):
+    with pytest.raises(ArtifactError, match=r"two was trained on elements \['H', 'C'\] but .*\['H', 'C', 'O'\]"):
         export([tmp_path / "one", tmp_path / "two"], tmp_path / "student.pt")
+
+
+def test_an_ensemble_is_at_home_where_every_member_is(tmp_path: Path) -> None:
+    seen = ({"C-H": 1.0, "H-O": 0.9}, {"C-H": 0.95, "H-O": 0.92})
+    folders = [
+        checkpoint(tmp_path / str(i), i, domain=Domain(elements=list(E0), min_distances=d)) for i, d in enumerate(seen)
+    ]
+    made = export(folders, tmp_path / "student.pt")
+    assert made.manifest.domain.min_distances == {"C-H": 1.0, "H-O": 0.92}
 
 
 def test_members_may_differ_in_size(tmp_path: Path) -> None:

@@ -237,7 +237,9 @@ def load(path: Path | str, device: str | torch.device = "cpu", dtype: Dtype | No
 
 def _read(path: Path) -> tuple[Manifest, list[Golden]]:
     if not path.exists():
-        raise ArtifactError(f"no artifact at {path}; make one with: mlff-export CHECKPOINT -o {path.name}")
+        raise ArtifactError(
+            f"no artifact at {path}; make one with: mlff-export CHECKPOINT -o {path.with_suffix('.pt').name}"
+        )
     if path.is_dir() or path.suffix in {".safetensors", ".yaml"}:
         folder = path if path.is_dir() else path.parent
         raise ArtifactError(f"{path} is a checkpoint, not an artifact; export it: mlff-export {folder} -o student.pt")
@@ -253,14 +255,14 @@ def _read(path: Path) -> tuple[Manifest, list[Golden]]:
         )
         raise ArtifactError(
             f"{path} {what} ({path.stat().st_size} bytes); copy it anew, or make it with: "
-            f"mlff-export CHECKPOINT -o {path.name}"
+            f"mlff-export CHECKPOINT -o {path.with_suffix('.pt').name}"
         ) from None
     with archive:
         members = {name.split("/", 1)[-1]: name for name in archive.namelist()}
         if f"extra/{MANIFEST}" not in members:
             raise ArtifactError(
                 f"{path} has no manifest: it is a torch file made by another program. "
-                f"Export a checkpoint: mlff-export CHECKPOINT -o {path.name}"
+                f"Export a checkpoint: mlff-export CHECKPOINT -o {path.with_suffix('.pt').name}"
             )
         try:
             content = json.loads(archive.read(members[f"extra/{MANIFEST}"]))

@@ -138,7 +138,7 @@ def test_a_pickle_is_told_apart_and_not_loaded(tmp_path: Path, no_execution: lis
         (text, "is no artifact"),
         (foreign, "has no manifest: it is a torch file made by another program"),
     ):
-        with pytest.raises(ArtifactError, match=rf"{path.name} {message}.*mlff-export CHECKPOINT -o {path.name}"):
+        with pytest.raises(ArtifactError, match=rf"{path.name} {message}.*mlff-export CHECKPOINT -o {path.stem}\.pt"):
             load(path)
     assert no_execution == []
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from ase.build import molecule
+from ase.build import bulk, molecule
 from click.testing import CliRunner, Result
 
 from mlff_engines.artifact import inspect
 from mlff_engines.cli import mlff, mlff_export
 from mlff_engines.errors import ConfigError, DataError
 from mlff_training.data.formats import read
+from mlff_training.distill import isolated_energies
+from mlff_training.teachers.config import TeacherConfig
+from mlff_training.teachers.make import make_teacher
 
 CONFIG = """
 start: [water.xyz]
@@ -68,6 +71,18 @@ def test_distill_asks_for_what_it_lacks(tmp_path: Path) -> None:
     config.write_text("start: [a.xyz]\nsampling: {md: {seeds: [9001]}}\n")
     with pytest.raises(ConfigError, match=r"trial\.seed 9001 is also sampled"):
         run("distill", str(config), "-o", str(tmp_path / "run"))
+
+
+def test_isolated_atoms_are_asked_of_the_teacher(tmp_path: Path) -> None:
+    found = isolated_energies([molecule("H2O")], TeacherConfig(name="gfn2-xtb"), tmp_path / "isolated.xyz")
+    # a hydrogen atom of GFN2-xTB has -0.3935 Hartree
+    assert found["H"] == pytest.approx(-10.707, abs=0.01)
+    water = molecule("H2O")
+    water.calc = make_teacher(TeacherConfig(name="gfn2-xtb"))
+    binding = water.get_potential_energy() - 2 * found["H"] - found["O"]
+    assert -15 < binding < -8  # experiment -10.1 eV; without spin polarisation GFN2-xTB binds atoms too strongly
+    copper = isolated_energies([bulk("Cu")], TeacherConfig(name="emt"), tmp_path / "copper.xyz")
+    assert copper["Cu"] == pytest.approx(3.51, abs=0.01)
 
 
 def test_keys_are_listed_with_defaults_and_meaning() -> None:

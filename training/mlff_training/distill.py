@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from ase import Atoms
 from ase.calculators.calculator import Calculator
+from ase.data import ground_state_magnetic_moments
 from pydantic import Field
 from rich.console import Console
 
@@ -16,6 +17,7 @@ from mlff_engines.checkpoint import load_checkpoint
 from mlff_engines.config import Config
 from mlff_engines.errors import ArtifactError
 from mlff_engines.export import export
+from mlff_training.data.labels import results
 from mlff_training.loop import TrainConfig
 from mlff_training.losses import LossConfig
 from mlff_training.sampling.sample import Dynamics, Rattle, SamplingConfig, sample
@@ -39,7 +41,9 @@ class DistillConfig(Config):
     )
     hessian_rows: bool = Field(False, description="label one Hessian row per structure: two teacher calls more")
     valid: float | int = Field(100, description="number or fraction of the frames set aside for validation")
-    e0: Literal["fit", "isolated"] | dict[str, float] = Field("fit", description="reference energies per element, eV")
+    e0: Literal["fit", "isolated"] | dict[str, float] = Field(
+        "fit", description="reference energies per element, eV; 'isolated' asks the teacher for lone atoms"
+    )
     model: dict[str, Any] = Field(default_factory=dict, description="architecture and hyper-parameters")
     train: TrainConfig = TrainConfig(epochs=40, batch_size=10, loss=LossConfig(kind="huber"))
     members: int = Field(1, ge=1, description="students trained from different seeds; more than one is an ensemble")
@@ -77,6 +81,7 @@ def distill(
     )
     # one molecule's trajectories overlap: the trial's own trajectories, not these frames, tell the true error
     parts = split_frames(frames, {"train": None, "valid": config.valid}, config.train.seed, "frame", folder)
+    e0 = isolated_energies(frames, config.teacher, folder / "isolated.xyz") if config.e0 == "isolated" else config.e0
     checkpoints = []
     for member in range(config.members):
         which = f", member {member + 1} of {config.members}" if config.members > 1 else ""
@@ -84,7 +89,7 @@ def distill(
         own = config.train.model_copy(update={"seed": config.train.seed + member})
         train_student(
             parts,
-            config.e0,
+            e0,
             config.model,
             own,
             folder / f"member-{member}",
@@ -101,6 +106,18 @@ def distill(
         return artifact, None
     say("[5/5] trying the student on trajectories of the teacher it has never seen, and in molecular dynamics")
     return artifact, try_student(artifact, start, config.teacher, config.trial, folder / "trial", calculator)
+
+
+def isolated_energies(frames: Sequence[Atoms], teacher: TeacherConfig, out: Path) -> dict[str, float]:
+    """The teacher's energy (eV) of a lone neutral atom of each element, in its ground state where it knows spin."""
+    knows_spin = (teacher.multiplicity or teacher.spec.multiplicity) is not None
+    atoms = []
+    for number in sorted({int(number) for frame in frames for number in frame.numbers}):
+        lone = Atoms([number])
+        lone.info = {"charge": 0.0, "multiplicity": 1 + int(knows_spin and ground_state_magnetic_moments[number])}
+        atoms.append(lone)
+    labelled = label(atoms, teacher, out, max_failed=0.0, progress=False)
+    return {atom.get_chemical_symbols()[0]: float(results(atom)["energy"]) for atom in labelled}
 
 
 def _is_made_of(artifact: Path, checkpoints: Sequence[Path], dtype: Dtype) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
@@ -56,7 +57,7 @@ def export(
     domain = _common_domain(checkpoints, configs)
 
     def assemble() -> nn.Module:
-        members = [load_checkpoint(folder)[0] for folder in checkpoints]
+        members = [copy.deepcopy(potential) for potential, _ in loaded]
         return members[0] if len(members) == 1 else Ensemble(members)
 
     def evaluator(potential: nn.Module, kind: torch.dtype) -> Evaluator:

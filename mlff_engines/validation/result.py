@@ -32,7 +32,7 @@ TOLERANCES: dict[str, dict[Dtype, float]] = {
     "S3": {"float64": 10.0, "float32": 10.0},  # in units of the finite difference's own uncertainty
     "S4": {"float64": 1e-6, "float32": 1e-3},  # relative to the largest component
     "S5": {"float64": 1e-8, "float32": 1e-4},
-    "S6": {"float64": 1e-10, "float32": 5e-5},  # float32: not finer than S1, by which either side may be off
+    "S6": {"float64": 1e-10, "float32": 1e-5},
     "S7": {"float64": 1e-10, "float32": 1e-5},
     "S8": {"float64": 0.0, "float32": 0.0},  # wrong edges
     "S9": {"float64": 1e-10, "float32": 1e-4},

@@ -81,7 +81,7 @@ def check_forces(evaluate: Evaluate, claims: Claims, structures: Mapping[str, St
             if not uncertainty <= RESOLUTION * typical:
                 too_rough = f"{label}: the energies are too rough to tell, -dE/dr = {-slope:.6g} ± {uncertainty:.1g}"
     if too_rough:
-        worst = Worst(np.inf, too_rough)
+        worst = Worst(figure=np.inf, detail=too_rough)
     return worst.judged("S3", claims.dtype)
 
 

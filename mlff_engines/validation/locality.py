@@ -42,7 +42,7 @@ def check_cutoff(evaluate: Evaluate, claims: Claims) -> CheckResult:
 
 def check_separation(evaluate: Evaluate, claims: Claims) -> CheckResult:
     """S9: a lone atom has the energy E0 and no force; far fragments have the sum of their energies."""
-    worst = Worst()
+    worst = Worst(claims.offers)
     for symbol, number in zip(claims.elements, claims.numbers, strict=True):
         found = evaluate(isolated(claims, number))
         worst.see(abs(found.energy - claims.e0[symbol]), f"isolated {symbol}: {found.energy:.12g} eV")

@@ -69,7 +69,7 @@ def check_parity(
 ) -> CheckResult:
     """S1: energy, per-atom energies, forces and virial on every structure, and again after its atoms moved."""
     rng = np.random.default_rng(0)
-    worst = Worst()
+    worst = Worst(claims.offers)
     for name, structure in structures.items():
         rattle = 0.25 * claims.spacing * rng.uniform(-1, 1, structure.positions.shape)
         wide = replace(structure, positions=1.5 * structure.positions, cell=1.5 * structure.cell)
@@ -86,7 +86,7 @@ def check_parity(
 
 def check_calls(evaluate: Evaluate, expected: Evaluate, claims: Claims) -> CheckResult:
     """S2: call after call with other shapes, when an executor has specialised its code to the earlier ones."""
-    worst = Worst()
+    worst = Worst(claims.offers)
     for call, atoms in enumerate((5, 5, 5, 9, 2, 1, 5, 12, 9)):
         structure = cluster(claims, atoms, seed=call)
         worst.compare(f"call {call + 1}, {atoms} atoms", evaluate(structure), expected(structure))

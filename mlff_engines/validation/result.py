@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
@@ -11,8 +12,11 @@ from mlff_engines.artifact import Dtype, Manifest
 from mlff_engines.structure import NUMBERS, FloatArray, Result, Structure
 
 Evaluate = Callable[[Structure], Result]  # any engine
+EVERYTHING = frozenset({"energy", "energies", "forces", "virial"})
 
-NAMES = {
+Verdict = Literal["pass", "fail", "inconclusive"]
+
+STATIC = {
     "S1": "equal to the eager model",
     "S2": "equal to the eager model call after call",
     "S3": "forces are the gradient of the energy",
@@ -24,6 +28,24 @@ NAMES = {
     "S9": "isolated atoms have E0, far fragments add up",
     "S10": "order and subset of the elements",
 }
+LIFECYCLE = {
+    "D1": "the same on every number of processes",
+    "D2": "the same with every skin",
+    "D3": "goes on from a checkpoint as if never stopped",
+    "D4": "the same again, from another instance, on other threads",
+    "D5": "memory stays flat",
+    "D6": "end points of mixed systems",
+}
+DYNAMICS = {
+    "M1": "energy fluctuates as the square of the time step",
+    "M2": "reversible in time",
+    "M3": "the same trajectory as the eager model",
+    "M4": "total energy does not drift",
+    "M5": "the same ensemble as the eager model",
+    "M6": "kinetic energies are those of the temperature",
+    "M7": "stays stable",
+}
+NAMES = STATIC | LIFECYCLE | DYNAMICS
 
 # energies and virials in eV per atom, forces in eV/Å; above 1 relative to the largest force or virial
 TOLERANCES: dict[str, dict[Dtype, float]] = {
@@ -54,6 +76,7 @@ class Claims:
         charges, spins: total charges (e) and numbers of unpaired electrons to try; the first are those of every
             structure, and 0 unless the model is for one other value only.
         spacing: Å, a typical distance of neighbouring atoms.
+        offers: which of energy, energies, forces and virial the engine gives; the rest is not compared.
     """
 
     elements: Sequence[str]
@@ -64,6 +87,7 @@ class Claims:
     charges: Sequence[float] = (0.0,)
     spins: Sequence[float] = (0.0,)
     spacing: float = 1.7
+    offers: Collection[str] = EVERYTHING
 
     @classmethod
     def of(cls, manifest: Manifest) -> Claims:
@@ -87,21 +111,61 @@ class Claims:
 
 
 @dataclass(frozen=True)
+class Curve:
+    """One curve of a plot; `error` is the half width of its band."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    error: Sequence[float] | None = None
+    style: Literal["line", "points", "steps"] = "line"
+
+
+@dataclass(frozen=True)
+class Plot:
+    """What a person should look at beside a figure. `x` and `y` name the axes with their units."""
+
+    title: str
+    x: str
+    y: str
+    curves: Sequence[Curve]
+    scale: Literal["linear", "log", "log-log"] = "linear"
+
+
+@dataclass(frozen=True)
 class CheckResult:
-    """Outcome of one check: passed when `figure` <= `tolerance`; `detail` says where the figure comes from."""
+    """Outcome of one check.
+
+    Attributes:
+        code, name: see `NAMES`.
+        verdict: "inconclusive" when the data could not have shown a fault; never a pass.
+        figure: passes when <= `tolerance`; not a number never does.
+        tolerance: in the units of the figure.
+        detail: where the figure comes from.
+        figures: other numbers worth keeping, by name with unit.
+        plots: what to look at.
+    """
 
     code: str
     name: str
-    passed: bool
+    verdict: Verdict
     figure: float
     tolerance: float
     detail: str
+    figures: Mapping[str, float] = field(default_factory=dict)
+    plots: Sequence[Plot] = ()
+
+    @property
+    def passed(self) -> bool:
+        """Whether the verdict is "pass"."""
+        return self.verdict == "pass"
 
 
 @dataclass
 class Worst:
-    """The largest deviation seen so far, and where."""
+    """The largest deviation seen so far, and where; of the quantities that the engine offers."""
 
+    offers: Collection[str] = EVERYTHING
     figure: float = 0.0
     detail: str = field(default="")
 
@@ -112,17 +176,19 @@ class Worst:
 
     def compare(self, where: str, found: Result, expected: Result) -> None:
         """Keep the largest deviation of `found` from `expected` if it is the largest so far."""
-        for quantity, figure in deviation(found, expected).items():
+        for quantity, figure in deviation(found, expected, self.offers).items():
             self.see(figure, f"{quantity} of {where}")
 
     def judged(self, code: str, dtype: Dtype) -> CheckResult:
         """Against the tolerance of check `code`."""
         tolerance = TOLERANCES[code][dtype]
-        return CheckResult(code, NAMES[code], bool(self.figure <= tolerance), self.figure, tolerance, self.detail)
+        return CheckResult(
+            code, NAMES[code], "pass" if self.figure <= tolerance else "fail", self.figure, tolerance, self.detail
+        )
 
 
-def deviation(found: Result, expected: Result) -> dict[str, float]:
-    """Largest differences by quantity, in the units of `TOLERANCES`.
+def deviation(found: Result, expected: Result, offers: Collection[str] = EVERYTHING) -> dict[str, float]:
+    """Largest differences by quantity among those the engine offers, in the units of `TOLERANCES`.
 
     Energies may differ by their rounding in float64 besides: E0s of 1e5 eV leave no more digits.
     """
@@ -136,6 +202,7 @@ def deviation(found: Result, expected: Result) -> dict[str, float]:
         "forces": _largest(found.forces - expected.forces),
         "virial": _largest(found.virial - expected.virial) / atoms,
     }
+    differences = {name: value for name, value in differences.items() if name in offers}
     if expected.energy_std is not None and expected.force_std is not None:
         given = found.energy_std is not None and found.force_std is not None
         differences["energy_std"] = abs(found.energy_std - expected.energy_std) / atoms if given else np.nan  # type: ignore[operator]

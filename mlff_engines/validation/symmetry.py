@@ -16,7 +16,7 @@ from mlff_engines.validation.systems import ALL, cluster, crystal, joined, taken
 def check_symmetry(evaluate: Evaluate, claims: Claims, structures: Mapping[str, Structure]) -> CheckResult:
     """S5: rotation, inversion, permutation of the atoms, translation."""
     rng = np.random.default_rng(5)
-    worst = Worst()
+    worst = Worst(claims.offers)
     for name, structure in structures.items():
         found = evaluate(structure)
         for label, operation in (("rotation", random_rotation(rng)), ("inversion", -np.eye(3))):
@@ -34,7 +34,7 @@ def check_symmetry(evaluate: Evaluate, claims: Claims, structures: Mapping[str, 
 def check_descriptions(evaluate: Evaluate, claims: Claims, structures: Mapping[str, Structure]) -> CheckResult:
     """S6: replicas, image shifts, a far origin, a dummy cell, a slab in vacuum, other lattice vectors, small cells."""
     rng = np.random.default_rng(6)
-    worst = Worst()
+    worst = Worst(claims.offers)
     box, molecule = crystal(claims), cluster(claims)
     periodic = {"triclinic box": box} | {n: s for n, s in structures.items() if s.pbc.all() and len(s)}
     for name, structure in periodic.items():
@@ -74,7 +74,7 @@ def check_descriptions(evaluate: Evaluate, claims: Claims, structures: Mapping[s
 
 def check_elements(evaluate: Evaluate, claims: Claims) -> CheckResult:
     """S10: atoms sorted by element either way, and structures with only some of the elements."""
-    worst = Worst()
+    worst = Worst(claims.offers)
     mixed = cluster(claims, max(8, len(claims.elements)))
     found = evaluate(mixed)
     for label, order in (

@@ -27,12 +27,14 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from mlff_engines.checkpoint import Domain, StructureRecord
+from mlff_engines.checkpoint import Domain, StructureRecord, set_dtype
 from mlff_engines.config import Config, parse
 from mlff_engines.errors import ArtifactError, ConfigError
 from mlff_engines.evaluator import Evaluator
 from mlff_engines.files import replacing
 from mlff_engines.graph import Graph
+from mlff_engines.models.registry import build_model, model_config
+from mlff_engines.potential import Ensemble, Potential
 from mlff_engines.structure import Result, Structure
 
 SCHEMA = 1
@@ -59,8 +61,7 @@ class Manifest(Config):
     schema_version: int
     kind: Literal["potential"] = "potential"
     architecture: str
-    model: dict[str, Any] = Field(description="hyper-parameters")
-    members: int = Field(1, ge=1, description="1, or the size of the ensemble")
+    models: list[dict[str, Any]] = Field(min_length=1, description="hyper-parameters, one entry per member")
     units: Units
     dtype: Dtype
     cutoff: float = Field(gt=0, description="Å")
@@ -75,6 +76,11 @@ class Manifest(Config):
     bytes_per_edge: float | None = Field(None, description="memory of one evaluation")
     torch_version: str
     sha256: str = Field("", description="of all else in the archive")
+
+    @property
+    def members(self) -> int:
+        """1, or the size of the ensemble."""
+        return len(self.models)
 
 
 class Golden(StructureRecord):
@@ -144,6 +150,15 @@ class Artifact:
             outside=outside,
             bytes_per_edge=m.bytes_per_edge,
         )
+
+    def eager(self) -> nn.Module:
+        """The `Potential` or `Ensemble` as plain torch code in float64, with the weights of this artifact."""
+        m = self.manifest
+        members = [Potential(build_model(model_config(config), m.domain.elements, m.e0)) for config in m.models]
+        potential = members[0] if len(members) == 1 else Ensemble(members)
+        set_dtype(potential, torch.float64)
+        potential.load_state_dict({name: t.cpu() for name, t in self.module.state_dict().items()})
+        return potential.eval()  # with the energies of isolated atoms in float64 too
 
     def verify(self) -> dict[str, dict[str, float]]:
         """Replay the golden vectors; their deviations by name.
@@ -324,6 +339,8 @@ def _cast(artifact: Artifact, dtype: Dtype) -> None:
             if not tensor.data.isfinite().all():
                 raise ArtifactError(f"{name} is not finite in {dtype}: use the artifact in {artifact.manifest.dtype}")
     artifact.dtype = DTYPES[dtype]
+    if dtype == "float64":  # isolated atoms were evaluated in float32
+        artifact.module.load_state_dict(artifact.eager().state_dict())
 
 
 def _release(version: str) -> str:

@@ -87,8 +87,7 @@ def export(
     manifest = Manifest(
         schema_version=SCHEMA,
         architecture=first.arch,
-        model=first.model_dump(),
-        members=len(members),
+        models=[model_config(config.model).model_dump() for config in configs],
         units=Units(length="Angstrom", energy="eV"),
         dtype=dtype,
         cutoff=first.cutoff,

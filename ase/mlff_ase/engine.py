@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import ase
 import numpy as np
 from ase import Atoms, units
-from ase.io.trajectory import Trajectory as TrajectoryFile
+from ase.io.extxyz import write_extxyz
 from ase.md.langevin import Langevin
 from ase.md.md import MolecularDynamics
 from ase.md.verlet import VelocityVerlet
@@ -27,7 +28,7 @@ class ASEEngine:
 
     name = "ase"
     offers = EVERYTHING
-    suffix = ".traj"
+    suffix = ".xyz"
 
     def __init__(
         self, artifact: Path, *, folder: Path, device: str = "cpu", dtype: Dtype | None = None, skin: float = 0.5
@@ -40,7 +41,7 @@ class ASEEngine:
         atoms = self._atoms(structure)
         calculator = self.calculator
         calculator.calculate(atoms)
-        results = calculator.results
+        results: dict[str, Any] = calculator.results
         stress, virial = None, np.full((3, 3), np.nan)
         if "stress" in results:
             stress = voigt_6_to_full_3x3_stress(results["stress"])
@@ -56,18 +57,19 @@ class ASEEngine:
         )
 
     def run(self, dynamics: Dynamics, file: Path) -> Trajectory:
-        """Velocity Verlet or Langevin into an ASE trajectory."""
+        """Velocity Verlet or Langevin into extended XYZ, which ASE, MDAnalysis and OVITO read."""
         atoms = self._atoms(dynamics.structure)
         atoms.set_masses(dynamics.masses)
         atoms.set_velocities(dynamics.velocities / units.fs)
         atoms.calc = self.calculator
         integrator = _integrator(atoms, dynamics)
         samples = []
-        with TrajectoryFile(file, "w") as written:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("w", encoding="utf-8") as written:
             try:
                 for step, _ in enumerate(integrator.irun(dynamics.steps)):
                     if step % dynamics.every == 0:
-                        written.write(atoms)
+                        write_extxyz(written, [atoms])
                         pressure = np.nan
                         if atoms.pbc.all():
                             pressure = -np.trace(atoms.get_stress(voigt=False, include_ideal_gas=True)) / 3
@@ -84,8 +86,8 @@ class ASEEngine:
             except MLFFError as error:
                 raise SimulationError(f"step {integrator.nsteps}: {error}") from error
         times, potential, kinetic, positions, velocities, pressures = (np.array(c) for c in zip(*samples, strict=True))
-        pressure = pressures if atoms.pbc.all() else None
-        return Trajectory(times, potential, kinetic, positions, velocities, pressure, file)
+        offered = pressures if atoms.pbc.all() else None
+        return Trajectory(times, potential, kinetic, positions, velocities, offered, file)
 
     def versions(self) -> Mapping[str, str]:
         """Of ASE."""

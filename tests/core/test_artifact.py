@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -162,3 +163,13 @@ def test_module_needs_gradients(student: Path) -> None:
 def test_error_of_the_structure_is_no_artifact_error(student: Path) -> None:
     with pytest.raises(StructureError):
         load(student).evaluator()(cluster(ORGANIC, numbers=[7]))
+
+
+@pytest.mark.parametrize("members", [1, 2])
+def test_float32_artifact_in_float64_is_its_eager_model(tmp_path: Path, members: int) -> None:
+    """Weights of float32, everything else in float64: isolated atoms too."""
+    loaded = load(students.artifact(tmp_path, members=members, dtype="float32"), dtype="float64")
+    claims = replace(Claims.of(loaded.manifest), dtype="float64")
+    expected = reference(loaded.eager(), claims.cutoff)
+    results = check_model(loaded.evaluator(outside="ignore"), claims, reference=expected, only=["S1", "S9"])
+    assert [(r.code, r.verdict) for r in results] == [("S1", "pass"), ("S9", "pass")], results

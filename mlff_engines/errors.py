@@ -7,6 +7,7 @@ MLFFError                      anything this library refuses or cannot do; the C
 ├── DataError                  a data set is incomplete, inconsistent or in doubtful units
 ├── TeacherError               a teacher is missing, failed or answered nonsense
 ├── TrainingError              training diverged, or its saved state cannot be used
+├── MissingEngineError         an engine is not installed or not built
 └── SimulationError            molecular dynamics left the region in which a result means anything
 
 Each message says what was got, what is allowed and what to do next.
@@ -46,6 +47,10 @@ class TeacherError(MLFFError):
 
 class TrainingError(MLFFError):
     """Training diverged, or its saved state cannot be used."""
+
+
+class MissingEngineError(MLFFError):
+    """An engine is not installed or not built."""
 
 
 class SimulationError(MLFFError):

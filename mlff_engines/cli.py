@@ -19,6 +19,9 @@ from mlff_engines.errors import MLFFError, suggest
 
 if TYPE_CHECKING:
     from mlff_engines.artifact import Dtype
+    from mlff_engines.structure import Structure
+    from mlff_engines.validation.builtin import System
+    from mlff_engines.validation.run import Mode
 
 # name -> (module, attribute, extra that it needs, line in the list of commands)
 ELSEWHERE: dict[str, tuple[str, str, str, str]] = {
@@ -144,6 +147,99 @@ def verify(artifact: Path, device: str) -> None:
     click.echo(f"{artifact}: {len(loaded.golden)} golden vectors reproduced")
 
 
+@mlff.command()
+@click.argument("artifact")
+@click.option(
+    "--system",
+    "systems",
+    multiple=True,
+    metavar="STRUCTURE|NAME",
+    help="A structure file, or a built-in system such as water-64; may be repeated. Default: a training structure.",
+)
+@click.option("--engines", default="ase", show_default=True, help="Comma-separated.")
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The folder to write.")
+@click.option("--full", "mode", flag_value="full", help="Also drift, ensembles, stability, lifecycle: hours.")
+@click.option(
+    "--quick", "mode", flag_value="quick", default="quick", help="Static checks and M1-M3: minutes (default)."
+)
+@click.option("--temperature", type=click.FloatRange(min=0, min_open=True), help="Of the dynamics, K.")
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--seed", default=0, show_default=True, help="Of velocities and thermostats.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier validation.")
+@click.pass_context
+def validate(
+    ctx: click.Context,
+    artifact: str,
+    systems: tuple[str, ...],
+    engines: str,
+    out: Path,
+    mode: Mode,
+    temperature: float | None,
+    device: str,
+    seed: int,
+    overwrite: bool,
+) -> None:
+    """Judge ARTIFACT in one engine or more and write a report. Repeat it to go on after an interruption.
+
+    ARTIFACT may be "argon": an analytic Lennard-Jones model, to try engines without any training.
+    Exits with 0 when everything passes, 1 when something fails, 3 when the data decide nothing.
+    """
+    import tempfile
+
+    from mlff_engines.validation import builtin
+    from mlff_engines.validation.run import validate as judge
+
+    with tempfile.TemporaryDirectory() as scratch:
+        path = builtin.argon_artifact(Path(scratch)) if artifact == "argon" else Path(artifact)
+        report = judge(
+            path,
+            out,
+            engines=[name.strip() for name in engines.split(",") if name.strip()],
+            systems=[found for given in systems for found in _systems(given, path, temperature)],
+            mode=mode,
+            device=device,
+            seed=seed,
+            overwrite=overwrite,
+            command=" ".join(["mlff", *sys.argv[1:]]),
+        )
+    for section in report.sections:
+        for result in section.results:
+            figure = f"{result.figure:.3g}, allowed {result.tolerance:g}"
+            click.echo(f"{section.engine:14s} {result.code:4s} {result.verdict:13s} {result.name}: {figure}")
+            if not result.passed:
+                click.echo(f"{'':20s}{result.detail}")
+        if section.problem:
+            click.echo(f"{section.engine:14s} {section.problem}")
+    click.echo(f"{report.verdict}: {out / 'report.html'}")
+    ctx.exit(report.exit_code)
+
+
+def _systems(given: str, artifact: Path, temperature: float | None) -> list[System]:
+    """The structures of a file, or one built-in system."""
+    from dataclasses import replace
+
+    from mlff_engines.artifact import load
+    from mlff_engines.validation.builtin import System, named_system
+
+    if Path(given).exists():
+        structures = _read_structures(Path(given), "--system")
+        stem = Path(given).stem
+        names = [stem] if len(structures) == 1 else [f"{stem}-{n}" for n in range(len(structures))]
+        systems = [System(name, structure) for name, structure in zip(names, structures, strict=True)]
+    else:
+        systems = [named_system(given, load(artifact))]
+    return systems if temperature is None else [replace(system, temperature=temperature) for system in systems]
+
+
+def _read_structures(path: Path, option: str) -> list[Structure]:
+    try:
+        reader = importlib.import_module("mlff_ase.structures")
+    except ModuleNotFoundError:
+        raise MLFFError(f"{option} reads structures with ASE: pip install 'mlff-engines[ase]'") from None
+    structures: list[Structure] = reader.read(path)
+    return structures
+
+
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("checkpoints", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The artifact to write.")
@@ -160,13 +256,7 @@ def mlff_export(
     """
     from mlff_engines.export import export as export_artifact
 
-    structures = []
-    if check is not None:
-        try:
-            reader = importlib.import_module("mlff_ase.structures")
-        except ModuleNotFoundError:
-            raise MLFFError("--check reads structures with ASE: pip install 'mlff-engines[ase]'") from None
-        structures = reader.read(check)
+    structures = [] if check is None else _read_structures(check, "--check")
     made = export_artifact(checkpoints, out, dtype=dtype, device=device, structures=structures, overwrite=overwrite)
     for name, deviations in made.verify().items():
         click.echo(f"{name:24s}" + "  ".join(f"{what} {value:.1e}" for what, value in deviations.items()))

@@ -26,6 +26,7 @@ class MLFFCalculator(Calculator):
     | `energies`    | (N,)   | eV    | per-atom energies                                                  |
     | `forces`      | (N, 3) | eV/Å  |                                                                    |
     | `stress`      | (6,)   | eV/Å³ | Voigt order, tension positive; only with three periodic axes       |
+    | `virial`      | (3, 3) | eV    | -stress x volume, also where there is no volume                    |
     | `energy_std`  | -      | eV    | ensembles: standard deviation over the members                     |
     | `force_std`   | (N,)   | eV/Å  | ensembles: root mean square deviation of the force vectors          |
 
@@ -61,7 +62,7 @@ class MLFFCalculator(Calculator):
         options = self._options
         self.artifact: Artifact = load(self._path, options["device"], options["dtype"])
         self._evaluate = self.artifact.evaluator(skin=options["skin"], outside=options["outside"])
-        self.implemented_properties = ["energy", "free_energy", "energies", "forces", "stress"]
+        self.implemented_properties = ["energy", "free_energy", "energies", "forces", "stress", "virial"]
         if self.artifact.manifest.members > 1:
             self.implemented_properties += ["energy_std", "force_std"]
 
@@ -79,6 +80,7 @@ class MLFFCalculator(Calculator):
             "free_energy": result.energy,
             "energies": result.energies,
             "forces": result.forces,
+            "virial": result.virial,
         }
         if result.stress is not None:
             self.results["stress"] = full_3x3_to_voigt_6_stress(result.stress)

@@ -42,16 +42,12 @@ class ASEEngine:
         calculator = self.calculator
         calculator.calculate(atoms)
         results: dict[str, Any] = calculator.results
-        stress, virial = None, np.full((3, 3), np.nan)
-        if "stress" in results:
-            stress = voigt_6_to_full_3x3_stress(results["stress"])
-            virial = -stress * atoms.get_volume()
         return Result(
             results["energy"],
             results["energies"],
             results["forces"],
-            virial,
-            stress,
+            results["virial"],
+            voigt_6_to_full_3x3_stress(results["stress"]) if "stress" in results else None,
             results.get("energy_std"),
             results.get("force_std"),
         )

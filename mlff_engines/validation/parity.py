@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -14,9 +14,13 @@ from mlff_engines.checkpoint import set_dtype
 from mlff_engines.graph import make_graph
 from mlff_engines.neighbors import neighbor_list_reference
 from mlff_engines.potential import Potential
-from mlff_engines.structure import Result, Structure
-from mlff_engines.validation.result import CheckResult, Claims, Evaluate, Worst
+from mlff_engines.structure import FloatArray, Result, Structure
+from mlff_engines.validation.result import CheckResult, Claims, Curve, Evaluate, Plot, Worst, deviation
 from mlff_engines.validation.systems import cluster
+
+# as compared: above 1, relative to the largest force or virial
+UNITS = {"energy": "eV/atom", "energies": "eV", "forces": "eV/Å", "virial": "eV/atom"}
+MOST_POINTS = 1000  # per structure in a plot
 
 
 def reference(potential: nn.Module, cutoff: float) -> Evaluate:
@@ -69,7 +73,7 @@ def check_parity(
 ) -> CheckResult:
     """S1: energy, per-atom energies, forces and virial on every structure, and again after its atoms moved."""
     rng = np.random.default_rng(0)
-    worst = Worst(claims.offers)
+    worst, by_quantity, forces = Worst(claims.offers), dict.fromkeys(UNITS, 0.0), []
     for name, structure in structures.items():
         rattle = 0.25 * claims.spacing * rng.uniform(-1, 1, structure.positions.shape)
         wide = replace(structure, positions=1.5 * structure.positions, cell=1.5 * structure.cell)
@@ -80,8 +84,34 @@ def check_parity(
             (f"{name}, expanded", wide),
             (f"{name}, back again", structure),
         ):
-            worst.compare(label, evaluate(case), expected(case))
-    return worst.judged("S1", claims.dtype)
+            found, right = evaluate(case), expected(case)
+            worst.compare(label, found, right)
+            for quantity, figure in deviation(found, right, claims.offers).items():
+                by_quantity[quantity] = max(by_quantity.get(quantity, 0.0), figure)
+            if case is structure:
+                forces.append((name, right.forces.ravel(), found.forces.ravel()))
+    shown = {f"{name}, {unit}": by_quantity[name] for name, unit in UNITS.items() if name in claims.offers}
+    return replace(worst.judged("S1", claims.dtype), figures=shown, plots=_parity_plots(forces))
+
+
+def _parity_plots(forces: Sequence[tuple[str, FloatArray, FloatArray]]) -> list[Plot]:
+    """Forces of the engine against the eager model's, and what is left of them."""
+    few = [(name, right[:MOST_POINTS], found[:MOST_POINTS]) for name, right, found in forces]
+    axis = "force component of the eager model, eV/Å"
+    return [
+        Plot("Parity of forces", axis, "engine, eV/Å", _points(few, lambda right, found: found)),
+        Plot("What is left", axis, "engine - eager model, eV/Å", _points(few, lambda right, found: found - right)),
+    ]
+
+
+def _points(
+    forces: Sequence[tuple[str, FloatArray, FloatArray]], value: Callable[[FloatArray, FloatArray], FloatArray]
+) -> list[Curve]:
+    return [
+        Curve(name, right.tolist(), value(right, found).tolist(), style="points")
+        for name, right, found in forces
+        if np.isfinite(found).all() and np.abs(right).max(initial=0.0) > 0
+    ]
 
 
 def check_calls(evaluate: Evaluate, expected: Evaluate, claims: Claims) -> CheckResult:

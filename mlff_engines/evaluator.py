@@ -63,9 +63,6 @@ class Evaluator:
             a, b = (NUMBERS[symbol] for symbol in pair.split("-"))
             self._min_square[a, b] = self._min_square[b, a] = distance**2
         self._warned: set[str] = set()
-        # constant while the neighbour list holds
-        self._topology: dict[str, Tensor] = {}
-        self._pair_min_square: FloatArray = np.zeros(0)
 
     def __call__(self, structure: Structure) -> Result:
         """Energies, forces and virial of `structure`.
@@ -74,23 +71,19 @@ class Evaluator:
             StructureError: unknown element, coincident atoms, unsupported charge or spin, out of memory, or (with
                 outside="error") a distance, charge or spin outside the trained range.
         """
-        self._check_composition(structure)
-        edge_index, edge_vec, rebuilt = self.neighbors.update(structure)
-        if rebuilt or not self._topology:
-            self._topology = {
-                "numbers": torch.from_numpy(structure.numbers).to(self.device),
-                "edge_index": torch.from_numpy(edge_index).to(self.device),
-            }
-            self._pair_min_square = self._min_square[tuple(structure.numbers[edge_index])]
-        self._check_distances(structure, edge_index, edge_vec)
+        self.check_composition(structure)
+        index, edge_vec = self.neighbors.update(structure)
+        self._check_distances(structure, index, edge_vec)
+        edge_index = torch.from_numpy(index).to(self.device)
         vectors = torch.from_numpy(edge_vec).to(self.device)
         graph = make_graph(
-            **self._topology,
+            numbers=torch.from_numpy(structure.numbers).to(self.device),
+            edge_index=edge_index,
             edge_vec=vectors.to(self.dtype),
             charge=torch.tensor([structure.charge], dtype=self.dtype, device=self.device),
             spin=torch.tensor([structure.spin], dtype=self.dtype, device=self.device),
         )
-        return self._result(structure, vectors, self._run(graph))
+        return self._result(structure, edge_index, vectors, self._run(graph))
 
     def _run(self, graph: Graph) -> Graph:
         try:
@@ -117,10 +110,9 @@ class Evaluator:
             f"at this density at most about {largest} atoms fit"
         )
 
-    def _result(self, structure: Structure, vectors: Tensor, out: Graph) -> Result:
+    def _result(self, structure: Structure, edge_index: Tensor, vectors: Tensor, out: Graph) -> Result:
         # summed in float64, so that forces add up to zero whatever the model's precision
         gradient = out["edge_gradient"].double()
-        edge_index = self._topology["edge_index"]
         forces = edge_forces(edge_index, gradient, len(structure)).cpu().numpy()
         virial = edge_virial(vectors, gradient, torch.zeros_like(edge_index[0]), 1)[0].cpu().numpy()
         energies = out["node_energy"].cpu().numpy()
@@ -141,7 +133,12 @@ class Evaluator:
             force_std=out["force_std"].detach().cpu().double().numpy() if "force_std" in out else None,
         )
 
-    def _check_composition(self, structure: Structure) -> None:
+    def check_composition(self, structure: Structure) -> None:
+        """Elements, charge and spin, without an evaluation.
+
+        Raises:
+            StructureError: as when called.
+        """
         unknown = np.flatnonzero(~self._known[structure.numbers])
         if len(unknown):
             symbols = sorted({SYMBOLS[structure.numbers[i]] for i in unknown})
@@ -164,14 +161,17 @@ class Evaluator:
         self._report_outside(name, f"{name} {value:g} was not in the training data ({allowed})")
 
     def _check_distances(self, structure: Structure, edge_index: IntArray, edge_vec: FloatArray) -> None:
-        square = np.einsum("ej,ej->e", edge_vec, edge_vec)
-        close = square < self._pair_min_square
+        square, trained = (
+            np.einsum("ej,ej->e", edge_vec, edge_vec),
+            self._min_square[tuple(structure.numbers[edge_index])],
+        )
+        close = square < trained
         if not close.any() and square.min(initial=np.inf) > COINCIDENT**2:
             return
-        worst = int(np.argmin(square - self._pair_min_square))
+        worst = int(np.argmin(square - trained))
         i, j = edge_index[:, worst]
         a, b = SYMBOLS[structure.numbers[i]], SYMBOLS[structure.numbers[j]]
-        distance, seen = np.sqrt(square[worst]), np.sqrt(self._pair_min_square[worst])
+        distance, seen = np.sqrt(square[worst]), np.sqrt(trained[worst])
         if square.min() <= COINCIDENT**2:
             i, j = edge_index[:, np.argmin(square)]
             raise StructureError(f"atoms {i} and {j} coincide: {np.sqrt(square.min()):.2g} Å apart. Move one of them")

@@ -52,12 +52,12 @@ def neighbor_list_reference(
 
 
 class VerletList:
-    """Edges reused while no pair outside the list can have come within the cutoff.
+    """Edges found among candidates that are kept while no other pair can have come within the cutoff.
 
-    The list holds pairs up to `cutoff + skin`; models give edges beyond the cutoff no weight. With u the largest
-    displacement since the last search (affine cell changes undone) and s the smallest singular value of the cell's
-    deformation, a pair not listed is still at least (cutoff + skin - 2u)·s apart: the list holds while that is at
-    least `cutoff`.
+    Candidates are the pairs up to `cutoff + skin`. With u the largest displacement since the last search (affine cell
+    changes undone) and s the smallest singular value of the cell's deformation, a pair that is no candidate is still
+    at least (cutoff + skin - 2u)·s apart: the candidates hold while that is at least `cutoff`. What is handed out is
+    what a new search would find, in the same order: a run depends neither on the skin nor on when it was restarted.
 
     Attributes:
         builds: number of searches so far.
@@ -71,17 +71,18 @@ class VerletList:
         self._edge_index: IntArray = np.zeros((2, 0), dtype=np.int64)
         self._shift: FloatArray = np.zeros((0, 3))
 
-    def update(self, structure: Structure) -> tuple[IntArray, FloatArray, bool]:
-        """edge_index (2, E), edge_vec (E, 3) in Å, and whether edge_index changed."""
-        rebuilt = not self._holds(structure)
-        if rebuilt:
+    def update(self, structure: Structure) -> tuple[IntArray, FloatArray]:
+        """edge_index (2, E) and edge_vec (E, 3) in Å of all pairs closer than the cutoff; see `neighbor_list`."""
+        if not self._holds(structure):
             self._edge_index, self._shift = _search(
                 structure.positions, structure.cell, structure.pbc, self.cutoff + self.skin
             )
             self._reference = structure
             self.builds += 1
         offset = self._shift @ structure.cell if structure.pbc.any() else None
-        return self._edge_index, _edge_vectors(structure.positions, self._edge_index, offset), rebuilt
+        vectors = _edge_vectors(structure.positions, self._edge_index, offset)
+        close = np.einsum("ej,ej->e", vectors, vectors) < self.cutoff**2
+        return self._edge_index[:, close], vectors[close]
 
     def _holds(self, structure: Structure) -> bool:
         old = self._reference
@@ -104,10 +105,13 @@ def _search(positions: FloatArray, cell: FloatArray, pbc: BoolArray, cutoff: flo
     """Pairs (2, E) and their lattice shifts S (E, 3), zero along axes that are not periodic."""
     if not len(positions):
         return np.zeros((2, 0), dtype=np.int64), np.zeros((0, 3))
-    # one thread: the order of the pairs, and so every sum over them, must not depend on the machine
-    search = vesin.NeighborList(cutoff=cutoff, full_list=True, sorted=True, n_threads=1)
+    search = vesin.NeighborList(cutoff=cutoff, full_list=True, sorted=False, n_threads=1)
     pairs, shift = search.compute(positions, _complete_cell(cell, pbc), pbc, "PS")
-    return np.ascontiguousarray(pairs.T.astype(np.int64)), shift.astype(np.float64)
+    centre, neighbour = pairs.T.astype(np.int64)
+    # one order for ever: sums over edges must not depend on the machine, nor on how far the search reached
+    pair = centre * len(positions) + neighbour
+    order = np.lexsort((*shift.T, pair)) if pbc.any() else np.argsort(pair)
+    return np.stack([centre[order], neighbour[order]]), shift[order].astype(np.float64)
 
 
 def _edge_vectors(positions: FloatArray, edge_index: IntArray, offset: FloatArray | None) -> FloatArray:

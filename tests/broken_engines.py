@@ -148,10 +148,10 @@ class FilteredList(VerletList):
         super().__init__(cutoff, 0.0)
         self.keep = keep
 
-    def update(self, structure: Structure) -> tuple[Any, Any, bool]:
-        index, vectors, _ = super().update(structure)
+    def update(self, structure: Structure) -> tuple[Any, Any]:
+        index, vectors = super().update(structure)
         keep = self.keep(index, vectors)
-        return index[:, keep], vectors[keep], True
+        return index[:, keep], vectors[keep]
 
 
 def _nearest_image_only(index: Any, vectors: Any) -> Any:
@@ -267,10 +267,10 @@ def no_reaction(potential: Potential, claims: Claims) -> Engine:
     """F_i += g without F_j -= g."""
 
     class Engineless(Evaluator):
-        def _result(self, structure: Structure, vectors: Tensor, out: Graph) -> Result:
-            right = super()._result(structure, vectors, out)
-            centre = self._topology["edge_index"][0]
-            forces = torch.zeros(len(structure), 3, dtype=torch.float64).index_add(0, centre, out["edge_gradient"])
+        def _result(self, structure: Structure, edge_index: Tensor, vectors: Tensor, out: Graph) -> Result:
+            right = super()._result(structure, edge_index, vectors, out)
+            none = torch.zeros(len(structure), 3, dtype=torch.float64)
+            forces = none.index_add(0, edge_index[0], out["edge_gradient"])
             return replace(right, forces=forces.numpy())
 
     return Engine(
@@ -295,8 +295,8 @@ def unwrapped_atoms(potential: Potential, claims: Claims) -> Engine:
         return np.concatenate(index, axis=1), np.concatenate(vectors)
 
     class Naive(VerletList):
-        def update(self, structure: Structure) -> tuple[Any, Any, bool]:
-            return *search(structure.positions, structure.cell, structure.pbc, self.cutoff), True
+        def update(self, structure: Structure) -> tuple[Any, Any]:
+            return search(structure.positions, structure.cell, structure.pbc, self.cutoff)
 
     engine = evaluator(potential, claims)
     engine.neighbors = Naive(claims.cutoff, 0.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from mlff_engines.artifact import Dtype
 from mlff_engines.errors import MLFFError, SimulationError
 from mlff_engines.structure import Result, Structure
 from mlff_engines.validation.engine import Dynamics, Trajectory
-from mlff_engines.validation.result import EVERYTHING
+from mlff_engines.validation.result import EVERYTHING, CheckResult, Claims, Evaluate
 
 
 class ASEEngine:
@@ -88,6 +88,10 @@ class ASEEngine:
     def versions(self) -> Mapping[str, str]:
         """Of ASE."""
         return {"ase": str(ase.__version__)}
+
+    def own_checks(self, expected: Evaluate, claims: Claims) -> Mapping[str, Callable[[], CheckResult]]:
+        """None."""
+        return {}
 
     @staticmethod
     def _atoms(structure: Structure) -> Atoms:

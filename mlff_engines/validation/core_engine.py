@@ -15,7 +15,7 @@ from mlff_engines.files import replacing
 from mlff_engines.structure import FloatArray, Result, Structure
 from mlff_engines.units import ACCELERATION, BOLTZMANN
 from mlff_engines.validation.engine import Dynamics, Trajectory, kinetic_energy
-from mlff_engines.validation.result import EVERYTHING
+from mlff_engines.validation.result import EVERYTHING, CheckResult, Claims, Evaluate
 
 
 class CoreEngine:
@@ -85,3 +85,7 @@ class CoreEngine:
     def versions(self) -> Mapping[str, str]:
         """Of torch."""
         return {"torch": str(torch.__version__)}
+
+    def own_checks(self, expected: Evaluate, claims: Claims) -> Mapping[str, Callable[[], CheckResult]]:
+        """None."""
+        return {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
@@ -12,6 +12,7 @@ import numpy as np
 from mlff_engines.artifact import Dtype
 from mlff_engines.structure import MASSES, FloatArray, Result, Structure
 from mlff_engines.units import ACCELERATION, BOLTZMANN
+from mlff_engines.validation.result import CheckResult, Claims, Evaluate
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,10 @@ class Engine(Protocol):
 
     def versions(self) -> Mapping[str, str]:
         """Of the engine and whatever of its builds matters to a result."""
+        ...
+
+    def own_checks(self, expected: Evaluate, claims: Claims) -> Mapping[str, Callable[[], CheckResult]]:
+        """What only this engine has to show, by code: D1, D6. `expected` is the eager model."""
         ...
 
 

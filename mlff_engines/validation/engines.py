@@ -13,6 +13,7 @@ from mlff_engines.validation.engine import Engine, MakeEngine
 # name -> (module, class, extra that installs it)
 ENGINES: dict[str, tuple[str, str, str]] = {
     "ase": ("mlff_ase.engine", "ASEEngine", "ase"),
+    "openmm": ("mlff_openmm.engine", "OpenMMEngine", "openmm"),
 }
 
 

@@ -12,7 +12,7 @@ from mlff_engines.artifact import Dtype, Manifest
 from mlff_engines.structure import NUMBERS, FloatArray, Result, Structure
 
 Evaluate = Callable[[Structure], Result]  # any engine
-EVERYTHING = frozenset({"energy", "energies", "forces", "virial"})
+EVERYTHING = frozenset({"energy", "energies", "forces", "virial", "spread"})  # of an ensemble, the last
 
 Verdict = Literal["pass", "fail", "inconclusive"]
 
@@ -76,7 +76,7 @@ class Claims:
         charges, spins: total charges (e) and numbers of unpaired electrons to try; the first are those of every
             structure, and 0 unless the model is for one other value only.
         spacing: Å, a typical distance of neighbouring atoms.
-        offers: which of energy, energies, forces and virial the engine gives; the rest is not compared.
+        offers: which of `EVERYTHING` the engine gives; the rest is not compared.
     """
 
     elements: Sequence[str]
@@ -203,7 +203,7 @@ def deviation(found: Result, expected: Result, offers: Collection[str] = EVERYTH
         "virial": _largest(found.virial - expected.virial) / atoms,
     }
     differences = {name: value for name, value in differences.items() if name in offers}
-    if expected.energy_std is not None and expected.force_std is not None:
+    if "spread" in offers and expected.energy_std is not None and expected.force_std is not None:
         given = found.energy_std is not None and found.force_std is not None
         differences["energy_std"] = abs(found.energy_std - expected.energy_std) / atoms if given else np.nan  # type: ignore[operator]
         differences["force_std"] = _largest(found.force_std - expected.force_std) if given else np.nan  # type: ignore[operator]

@@ -1,1 +1,5 @@
-"""Run an artifact in OpenMM. Reserved for the adapter; nothing to import yet."""
+"""Run an artifact in OpenMM: `MLFFForce`, and the potential "mlff" of OpenMM-ML."""
+
+from mlff_openmm.force import MLFFForce
+
+__all__ = ["MLFFForce"]

@@ -13,8 +13,9 @@ from mlff_engines.config import load_yaml
 from mlff_engines.errors import MLFFError
 from mlff_training.distill import DistillConfig
 from mlff_training.student import StudentConfig
+from requirements import REPOSITORY
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+EXAMPLES = REPOSITORY / "examples"
 MLFF = [sys.executable, "-m", "mlff_engines.cli"]
 
 
@@ -72,7 +73,7 @@ def test_configurations_are_valid(path: Path) -> None:
 
 
 def test_no_example_is_left_out() -> None:
-    tested = Path(__file__).read_text()
+    tested = "".join(test.read_text(encoding="utf-8") for test in REPOSITORY.glob("tests/**/test_*.py"))
     for script in EXAMPLES.glob("*.py"):
         assert script.name in tested, f"{script.name} runs in no test"
 

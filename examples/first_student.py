@@ -9,7 +9,7 @@ from mlff_ase import MLFFCalculator
 from mlff_training.distill import DistillConfig, distill, smoke
 
 config = smoke(DistillConfig()) if "--smoke" in sys.argv else DistillConfig()
-student, trial = distill([molecule("CH3OH")], config, Path("runs/methanol"), MLFFCalculator)
+student, trial = distill([molecule("CH3OH")], config, Path("runs/methanol"))
 print(f"force MAE on unseen teacher trajectories, meV/Å: {trial.force_mae}")
 
 atoms = molecule("CH3OH")

@@ -17,7 +17,6 @@ from ase.io import read
 from openmm import LangevinMiddleIntegrator, Platform, Vec3, app, unit
 from openmmml import MLPotential
 
-from mlff_ase import MLFFCalculator
 from mlff_training.distill import DistillConfig, distill, smoke
 from mlff_training.sampling.sample import Dynamics
 
@@ -59,7 +58,7 @@ if student is None:
     start = [turned(*centre) for centre in REGIONS.values()]
     if arguments.smoke:
         config, start = smoke(config), start[:1]
-    student, _ = distill(start, config, arguments.out, MLFFCalculator)
+    student, _ = distill(start, config, arguments.out)
 
 # 1. the whole System by a classical force field
 pdb = app.PDBFile(str(STRUCTURE))

@@ -163,6 +163,13 @@ def verify(artifact: Path, device: str) -> None:
     "--quick", "mode", flag_value="quick", default="quick", help="Static checks and M1-M3: minutes (default)."
 )
 @click.option("--temperature", type=click.FloatRange(min=0, min_open=True), help="Of the dynamics, K.")
+@click.option(
+    "--length",
+    type=click.FloatRange(min=0, min_open=True),
+    default=50.0,
+    show_default=True,
+    help="Of each replica in --full, ps.",
+)
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--seed", default=0, show_default=True, help="Of velocities and thermostats.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier validation.")
@@ -175,6 +182,7 @@ def validate(
     out: Path,
     mode: Mode,
     temperature: float | None,
+    length: float,
     device: str,
     seed: int,
     overwrite: bool,
@@ -197,6 +205,7 @@ def validate(
             engines=[name.strip() for name in engines.split(",") if name.strip()],
             systems=[found for given in systems for found in _systems(given, path, temperature)],
             mode=mode,
+            length=length,
             device=device,
             seed=seed,
             overwrite=overwrite,

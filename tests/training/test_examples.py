@@ -37,10 +37,17 @@ def ethanol(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_quickstart_leaves_what_it_promises(ethanol: Path) -> None:
     made = ethanol / "runs" / "ethanol"
-    for name in ("student.pt", "trial/student_vs_teacher.png", "trial/nve.traj", "member-0/best/config.yaml"):
+    for name in (
+        "student.pt",
+        "trial/student_vs_teacher.png",
+        "trial/ase/nve.xyz",
+        "trial/openmm/nve.dcd",
+        "member-0/best/config.yaml",
+    ):
         assert (made / name).stat().st_size > 0, name
     trial = json.loads((made / "trial" / "trial.json").read_text())
     assert trial["force_mae"]["300 K"] > 0
+    assert set(trial["engines"]) == {"ase", "openmm"}
     assert "forces" in run(*MLFF, "verify", str(made / "student.pt"), cwd=ethanol)
     assert "GFN2-xTB" in run(*MLFF, "inspect", str(made / "student.pt"), cwd=ethanol)
 

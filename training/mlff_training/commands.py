@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -69,12 +68,10 @@ def distill(config: Path, out: Path | None, in_seconds: bool, allow_config_chang
     if settings.trial and settings.sampling.md and settings.trial.seed in settings.sampling.md.seeds:
         raise ConfigError(f"trial.seed {settings.trial.seed} is also sampled (sampling.md.seeds); choose another")
     start = [frame for file in settings.start for frame in read(config.parent / file, labels=None)]
-    calculator = importlib.import_module("mlff_ase").MLFFCalculator
     artifact, trial = run_distill(
         start,
         smoke(settings) if in_seconds else settings,
         folder,
-        calculator,
         allow_config_change=allow_config_change,
     )
     if trial is not None:
@@ -93,18 +90,21 @@ The student: {artifact}    To run it:
 
 def _summary(trial: Trial, folder: Path) -> str:
     forces = ", ".join(f"{error:.1f} meV/Å at {temperature}" for temperature, error in trial.force_mae.items())
-    bonds = "no bond broken" if trial.bonds_intact else "A BOND BROKE"
-    ratios = ", ".join(f"{ratio:.2f}" for ratio in trial.dt2_ratios)
-    return "\n".join(
-        (
-            "",
-            f"force error (MAE) on teacher trajectories never sampled: {forces}",
-            f"its own dynamics, {trial.nve_ps:g} ps NVE: {bonds} (largest change {trial.largest_bond_change:.2f} Å), "
-            f"energy drift {trial.nve_drift:.3f} meV/atom/ps",
-            f"energy error when the time step is halved falls by {ratios} (4 is right)",
-            f"plots: {folder / 'trial' / 'student_vs_teacher.png'}    trajectory: {folder / 'trial' / 'nve.traj'}",
-        )
+    lines = ["", f"force error (MAE) on teacher trajectories never sampled: {forces}"]
+    lines.append(
+        f"its own dynamics, {trial.nve_ps:g} ps NVE from one start, and what halving the time step does (4 is right):"
     )
+    for name, found in trial.engines.items():
+        bonds = "no bond broken" if found.bonds_intact else "A BOND BROKE"
+        ratios = ", ".join(f"{ratio:.2f}" for ratio in found.dt2_ratios)
+        lines.append(
+            f"  {name:8s} {bonds} (largest change {found.largest_bond_change:.2f} Å), "
+            f"energy drift {found.nve_drift:.3f} meV/atom/ps; energy error falls by {ratios}"
+        )
+    lines += [f"  {name:8s} left out: {problem}" for name, problem in trial.missing.items()]
+    where = folder / "trial"
+    lines.append(f"plots: {where / 'student_vs_teacher.png'}    trajectories: {where}/ENGINE/nve.*")
+    return "\n".join(lines)
 
 
 @click.command()

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from ase import Atoms
-from ase.calculators.calculator import Calculator
 from ase.data import ground_state_magnetic_moments
 from pydantic import Field
 from rich.console import Console
@@ -56,7 +55,6 @@ def distill(
     start: Sequence[Atoms],
     config: DistillConfig,
     folder: Path,
-    calculator: Callable[..., Calculator],
     *,
     allow_config_change: bool = False,
 ) -> tuple[Path, Trial | None]:
@@ -66,7 +64,6 @@ def distill(
         start: structures to sample around.
         config: what to do.
         folder: gets `sampled.xyz`, `labels.xyz`, `member-0/` ..., `student.pt` and `trial/`.
-        calculator: makes an ASE calculator of the artifact, called as `calculator(path, dtype=...)`.
         allow_config_change: resume training although the configuration differs from the saved one.
 
     Returns:
@@ -105,7 +102,7 @@ def distill(
     if config.trial is None:
         return artifact, None
     say("[5/5] trying the student on trajectories of the teacher it has never seen, and in molecular dynamics")
-    return artifact, try_student(artifact, start, config.teacher, config.trial, folder / "trial", calculator)
+    return artifact, try_student(artifact, start, config.teacher, config.trial, folder / "trial")
 
 
 def isolated_energies(frames: Sequence[Atoms], teacher: TeacherConfig, out: Path) -> dict[str, float]:

@@ -1,28 +1,32 @@
-"""A student's first trial: the teacher's trajectories that it never saw, and molecular dynamics of its own.
+"""A student's first trial: the teacher's trajectories that it never saw, and dynamics of its own in each engine.
 
-This is what a newcomer looks at after distilling, not a validation: `mlff_engines.validation` is that.
+This is what a newcomer looks at after distilling, not a validation: `mlff validate` is that.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from itertools import groupby, pairwise
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
-from ase import Atoms, units
-from ase.calculators.calculator import Calculator
-from ase.io.trajectory import Trajectory
-from ase.md.verlet import VelocityVerlet
+from ase import Atoms
 from ase.neighborlist import natural_cutoffs, neighbor_list
 from pydantic import Field
 
 from mlff_engines.artifact import load
 from mlff_engines.config import Config
+from mlff_engines.errors import MissingEngineError
 from mlff_engines.evaluator import Evaluator
 from mlff_engines.files import replacing
 from mlff_engines.structure import FloatArray
+from mlff_engines.validation.core_engine import CoreEngine
+from mlff_engines.validation.dynamics import Options, check_dynamics
+from mlff_engines.validation.engine import Dynamics as EngineDynamics
+from mlff_engines.validation.engine import Engine, Trajectory, thermal
+from mlff_engines.validation.engines import make_engine
 from mlff_training.data.labels import results
 from mlff_training.sampling.sample import Dynamics, SamplingConfig, sample
 from mlff_training.student import structure_of
@@ -38,10 +42,22 @@ class TrialConfig(Config):
     temperatures: tuple[float, ...] = Field((300.0, 400.0), min_length=1, description="of teacher trajectories, K")
     seed: int = Field(9001, description="of teacher trajectories and velocities; one that was never sampled")
     frames: int = Field(100, ge=1, description="per teacher trajectory")
+    engines: tuple[str, ...] = Field(
+        ("ase",), description="in which it runs its own dynamics; missing ones are left out"
+    )
     nve_ps: float = Field(10.0, gt=0, description="length of the student's own dynamics, ps")
     nve_temperature: float = Field(300.0, gt=0, description="K")
     timestep: float = Field(0.5, gt=0, description="fs")
     law_ps: float = Field(0.5, gt=0, description="length of each of the three runs of the dt² law, ps")
+
+
+class EngineTrial(Config):
+    """What the student's own dynamics showed in one engine."""
+
+    nve_drift: float = Field(description="slope of the total energy, meV/atom/ps")
+    largest_bond_change: float = Field(description="Å, over the whole of the student's own dynamics")
+    bonds_intact: bool
+    dt2_ratios: list[float] = Field(description="of std(E_total) at dt, dt/2, dt/4 in float64; a sound model has 4")
 
 
 class Trial(Config):
@@ -51,26 +67,19 @@ class Trial(Config):
     force_mae: dict[str, float] = Field(description="meV/Å, by temperature of the teacher's trajectory")
     energy_mae: dict[str, float] = Field(description="meV/atom, after the mean difference of each trajectory")
     nve_ps: float
-    nve_drift: float = Field(description="slope of the total energy, meV/atom/ps")
-    largest_bond_change: float = Field(description="Å, over the whole of the student's own dynamics")
-    bonds_intact: bool
-    dt2_ratios: list[float] = Field(description="of std(E_total) at dt, dt/2, dt/4 in float64; a sound model has 4")
+    engines: dict[str, EngineTrial]
+    missing: dict[str, str] = Field(description="engines that are not installed, and how to install them")
 
 
 def try_student(
-    artifact: Path,
-    start: Sequence[Atoms],
-    teacher: TeacherConfig,
-    config: TrialConfig,
-    folder: Path,
-    calculator: Callable[..., Calculator],
+    artifact: Path, start: Sequence[Atoms], teacher: TeacherConfig, config: TrialConfig, folder: Path
 ) -> Trial:
-    """Try `artifact`; writes `trial.json`, `student_vs_teacher.png`, `nve.traj` and the teacher's `test.xyz`."""
+    """Try `artifact`; writes `trial.json`, `student_vs_teacher.png`, the teacher's `test.xyz` and, by engine, `nve`."""
     manifest = load(artifact).manifest
     report = folder / "trial.json"
     if report.exists():
         done = Trial.model_validate_json(report.read_text())
-        if done.artifact_sha256 == manifest.sha256:
+        if done.artifact_sha256 == manifest.sha256 and {*done.engines, *done.missing} == {*config.engines}:
             return done
     test = teacher_trajectories(start, teacher, config, folder)
     student = load(artifact).evaluator(outside="ignore")
@@ -78,25 +87,67 @@ def try_student(
 
     nearest = min(config.temperatures, key=lambda t: abs(t - config.nve_temperature))
     warm = test[f"{nearest:g} K"][-1]
-    moving = thermal(warm, config.nve_temperature, config.seed)
-    moving.calc = calculator(artifact, outside="ignore")
-    times, energies, bond_change = nve(moving, config.nve_ps, config.timestep, folder / "nve.traj")
-    slope = float(np.polyfit(times, energies, 1)[0]) if len(times) > 2 else 0.0
-
-    found = Trial(
+    found: dict[str, EngineTrial] = {}
+    missing: dict[str, str] = {}
+    traces: dict[str, Trajectory] = {}
+    for name in config.engines:
+        try:
+            own, exact = (make_engine(name, artifact, folder=folder / name, dtype=dtype) for dtype in (None, "float64"))
+        except MissingEngineError as error:
+            missing[name] = str(error)
+            continue
+        found[name], traces[name] = try_engine(own, exact, warm, config, folder / name)
+    trial = Trial(
         artifact_sha256=manifest.sha256,
         force_mae={t: 1e3 * float(np.abs(r["forces"][0] - r["forces"][1]).mean()) for t, r in rows.items()},
         energy_mae={t: 1e3 * float(np.abs(r["energy"][0] - r["energy"][1]).mean()) for t, r in rows.items()},
         nve_ps=config.nve_ps,
-        nve_drift=1e3 * slope / len(moving),
-        largest_bond_change=bond_change,
-        bonds_intact=bond_change < BROKEN,
-        dt2_ratios=dt2_law(warm, lambda: calculator(artifact, dtype="float64", outside="ignore"), config),
+        engines=found,
+        missing=missing,
     )
-    plot(rows, times, energies / len(moving), folder / "student_vs_teacher.png")
+    plot(rows, traces, folder / "student_vs_teacher.png")
     with replacing(report) as temporary:
-        temporary.write_text(json.dumps(found.model_dump(), indent=1))
-    return found
+        temporary.write_text(json.dumps(trial.model_dump(), indent=1))
+    return trial
+
+
+def try_engine(
+    own: Engine, exact: Engine, warm: Atoms, config: TrialConfig, folder: Path
+) -> tuple[EngineTrial, Trajectory]:
+    """The student's own dynamics in one engine, in its own precision and in float64."""
+    still = EngineDynamics(structure_of(warm), np.zeros((len(warm), 3)), config.timestep, 0)
+    moving = thermal(still, config.nve_temperature, config.seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    run = nve(own, moving, config.nve_ps, folder)
+    law = Options(law=round(1e3 * config.law_ps / config.timestep))
+    [checked] = check_dynamics(exact, CoreEngine(exact.evaluate), moving, folder, law, only=["M1"])
+    change = bond_change(warm, run.positions)
+    slope = float(np.polyfit(1e-3 * run.times, run.total, 1)[0]) if len(run.times) > 2 else 0.0
+    found = EngineTrial(
+        nve_drift=1e3 * slope / len(warm),
+        largest_bond_change=change,
+        bonds_intact=change < BROKEN,
+        dt2_ratios=[checked.figures.get(name, np.nan) for name in ("first ratio", "second ratio")],
+    )
+    return found, run
+
+
+def nve(engine: Engine, start: EngineDynamics, picoseconds: float, folder: Path) -> Trajectory:
+    """Dynamics of the student's own, into `nve` with the engine's ending."""
+    every = max(1, round(ENERGY_TRACE / start.timestep))
+    steps = round(1e3 * picoseconds / start.timestep)
+    return engine.run(replace(start, steps=steps, every=every), folder / f"nve{engine.suffix}")
+
+
+def bond_change(atoms: Atoms, positions: FloatArray) -> float:
+    """The largest change (Å) of a bond over positions (T, N, 3) that are not wrapped.
+
+    Bonds are the pairs within 1.2 times their covalent radii in `atoms`.
+    """
+    centre, neighbour, vectors = neighbor_list("ijD", atoms, [1.2 * radius for radius in natural_cutoffs(atoms)])
+    image = vectors - (atoms.positions[neighbour] - atoms.positions[centre])
+    lengths = np.linalg.norm(positions[:, neighbour] - positions[:, centre] + image, axis=-1)
+    return float(np.abs(lengths - np.linalg.norm(vectors, axis=-1)).max(initial=0.0))
 
 
 def teacher_trajectories(
@@ -140,65 +191,7 @@ def compare(student: Evaluator, frames: Sequence[Atoms]) -> dict[str, tuple[Floa
     }
 
 
-def thermal(atoms: Atoms, temperature: float, seed: int) -> Atoms:
-    """A copy with velocities of `temperature` (K), its centre of mass at rest."""
-    moving = Atoms(numbers=atoms.numbers, positions=atoms.positions, cell=atoms.cell, pbc=atoms.pbc)
-    moving.info = {key: atoms.info[key] for key in ("charge", "multiplicity") if key in atoms.info}
-    masses = moving.get_masses()[:, None]
-    spread = np.sqrt(units.kB * temperature / masses)
-    velocities = spread * np.random.default_rng(seed).standard_normal((len(moving), 3))
-    moving.set_velocities(velocities - (masses * velocities).sum(axis=0) / masses.sum())
-    return moving
-
-
-def nve(moving: Atoms, picoseconds: float, timestep: float, path: Path) -> tuple[FloatArray, FloatArray, float]:
-    """Velocity Verlet into an ASE trajectory; times (ps), total energies (eV) and the largest change of a bond (Å).
-
-    Bonds are the pairs within 1.2 times their covalent radii at the start.
-    """
-    bonded = neighbor_list("ij", moving, [1.2 * radius for radius in natural_cutoffs(moving)])
-    pairs = [(i, j) for i, j in zip(*bonded, strict=True) if i < j]
-
-    def lengths() -> FloatArray:
-        return np.array([moving.get_distance(i, j, mic=bool(moving.pbc.any())) for i, j in pairs])
-
-    times, energies, change, at_start = [], [], 0.0, lengths()
-    interval = max(1, round(ENERGY_TRACE / timestep))
-    integrator = VelocityVerlet(moving, timestep * units.fs)
-    with replacing(path) as temporary, Trajectory(temporary, "w") as trajectory:
-        for step, _ in enumerate(integrator.irun(round(1e3 * picoseconds / timestep))):
-            if step % interval == 0:
-                trajectory.write(moving)
-                times.append(step * timestep * 1e-3)
-                energies.append(moving.get_total_energy())
-                change = max(change, float(np.abs(lengths() - at_start).max(initial=0.0)))
-                if change > 10 * BROKEN:
-                    break
-    return np.array(times), np.array(energies), change
-
-
-def dt2_law(atoms: Atoms, calculator: Callable[[], Calculator], config: TrialConfig) -> list[float]:
-    """Ratios of std(E_total) at dt, dt/2 and dt/4 over one stretch of time from one start.
-
-    Velocity Verlet conserves the energy up to terms of order dt² if, and only if, forces are the gradient of a smooth
-    energy (Hairer, Lubich, Wanner, Geometric Numerical Integration, chapter IX): each ratio is then 4.
-    """
-    deviations = []
-    for divisor in (1, 2, 4):
-        moving = thermal(atoms, config.nve_temperature, config.seed)
-        moving.calc = calculator()
-        integrator = VelocityVerlet(moving, config.timestep / divisor * units.fs)
-        steps = round(1e3 * config.law_ps / config.timestep)
-        energies = [
-            moving.get_total_energy() for step, _ in enumerate(integrator.irun(steps * divisor)) if step % divisor == 0
-        ]
-        deviations.append(float(np.std(energies)))
-    return [coarse / fine for coarse, fine in pairwise(deviations)]
-
-
-def plot(
-    rows: dict[str, dict[str, tuple[FloatArray, FloatArray]]], times: FloatArray, energies: FloatArray, path: Path
-) -> None:
+def plot(rows: dict[str, dict[str, tuple[FloatArray, FloatArray]]], traces: dict[str, Trajectory], path: Path) -> None:
     """Forces and energies of student against teacher, and the total energy of the student's own dynamics."""
     from matplotlib.figure import Figure
 
@@ -215,7 +208,10 @@ def plot(
         axis.plot(ends, ends, "k-", linewidth=0.5)
         axis.set(xlabel=f"teacher {unit}", ylabel=f"student {unit}")
         axis.legend()
-    axes[2].plot(times, 1e3 * (energies - energies[0]))
+    for name, run in traces.items():
+        per_atom = 1e3 * (run.total - run.total[0]) / run.positions.shape[1]
+        axes[2].plot(1e-3 * run.times, per_atom, label=name)
     axes[2].set(xlabel="time, ps", ylabel="total energy - start, meV/atom", title="the student's own NVE dynamics")
+    axes[2].legend()
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120)

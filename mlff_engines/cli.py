@@ -35,6 +35,7 @@ ELSEWHERE: dict[str, tuple[str, str, str, str]] = {
     "label": ("mlff_training.commands", "label", "train", "Compute a teacher's energies and forces."),
     "train": ("mlff_training.commands", "train", "train", "Train a student on labelled structures."),
     "data": ("mlff_training.commands", "data", "train", "Convert and describe data sets."),
+    "lammps": ("mlff_lammps.commands", "lammps", "lammps", "Build the plug-in or LAMMPS itself, run decks."),
 }
 
 
@@ -256,20 +257,41 @@ def _read_structures(path: Path, option: str) -> list[Structure]:
 @click.option("--device", default="cpu", show_default=True, help="Device it is saved for; loading remaps it.")
 @click.option("--check", type=click.Path(path_type=Path), help="A structure file to compare artifact and model on.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing artifact.")
+@click.option(
+    "--engine",
+    type=click.Choice(["lammps-mliap"]),
+    help="OUT is for this engine; the artifact stands beside it, or is given in place of CHECKPOINTS.",
+)
 def mlff_export(
-    checkpoints: tuple[Path, ...], out: Path, dtype: Dtype, device: str, check: Path | None, overwrite: bool
+    checkpoints: tuple[Path, ...],
+    out: Path,
+    dtype: Dtype,
+    device: str,
+    check: Path | None,
+    overwrite: bool,
+    engine: str | None,
 ) -> None:
     """Export a checkpoint folder to one TorchScript artifact, and replay its golden vectors.
 
-    Several CHECKPOINTS become an ensemble with uncertainties.
+    Several CHECKPOINTS become an ensemble with uncertainties. Every engine runs the artifact as it is, except LAMMPS'
+    `pair_style mliap unified`, which loads a file made with --engine lammps-mliap.
     """
     from mlff_engines.export import export as export_artifact
 
     structures = [] if check is None else _read_structures(check, "--check")
-    made = export_artifact(checkpoints, out, dtype=dtype, device=device, structures=structures, overwrite=overwrite)
-    for name, deviations in made.verify().items():
-        click.echo(f"{name:24s}" + "  ".join(f"{what} {value:.1e}" for what, value in deviations.items()))
-    click.echo(f"{out}: {made.manifest.dtype}, as the float64 model on {len(made.golden)} structures")
+    artifact = out if engine is None else out.with_suffix(".pt")
+    if engine is not None and len(checkpoints) == 1 and checkpoints[0].is_file():
+        artifact = checkpoints[0]
+    else:
+        made = export_artifact(
+            checkpoints, artifact, dtype=dtype, device=device, structures=structures, overwrite=overwrite
+        )
+        for name, deviations in made.verify().items():
+            click.echo(f"{name:24s}" + "  ".join(f"{what} {value:.1e}" for what, value in deviations.items()))
+        click.echo(f"{artifact}: {made.manifest.dtype}, as the float64 model on {len(made.golden)} structures")
+    if engine is not None:
+        importlib.import_module("mlff_lammps.mliap").write_mliap(artifact, out, overwrite=overwrite)
+        click.echo(f"{out}: for pair_style mliap unified {out} 1; it names {artifact}, which must stay where it is")
 
 
 def _run(command: click.Command, args: Sequence[str] | None) -> None:

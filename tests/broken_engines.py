@@ -1,16 +1,10 @@
-"""Models and engines for the tests of the checks: right ones, and ones with a bug each.
-
-python tests/broken_engines.py            # is docs/conformance.md up to date?
-python tests/broken_engines.py --write    # write it anew
-"""
+"""Models and engines for the tests of the checks: right ones, and ones with a bug each."""
 
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +20,7 @@ from mlff_engines.neighbors import VerletList, neighbor_list
 from mlff_engines.potential import Ensemble, Potential, edge_forces, edge_virial
 from mlff_engines.structure import Result, Structure
 from mlff_engines.validation.neighbor_cases import Search
-from mlff_engines.validation.result import NAMES, TOLERANCES, Claims, Evaluate
+from mlff_engines.validation.result import Claims, Evaluate
 
 ARGON_KRYPTON = LennardJonesConfig(
     sigma={"Ar": 3.4, "Kr": 3.65}, epsilon={"Ar": 0.0103, "Kr": 0.0141}, switch=6.5, cutoff=8.0
@@ -344,48 +338,3 @@ BUGS = {
     "atoms taken to lie inside the box": Bug(unwrapped_atoms, "S6 S8"),
     "ghost atoms counted": Bug(ghosts_counted, "S1 S6", ("lj",)),
 }
-
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "conformance.md"
-
-
-TEMPLATE = """\
-# Static checks
-
-`mlff_engines.validation.conformance.check_model` runs them on any engine, given as a callable from `Structure` to
-`Result`. Energies and virials in eV per atom, forces in eV/Å, relative to the largest force or virial where that is
-above 1; S3 in units of the finite difference's own uncertainty, S4 relative to the largest component, S8 in wrong
-edges. A float32 model is upcast for S3. Energies may besides differ by their rounding in float64.
-
-| | check | float64 | float32 |
-|---|---|---|---|
-{checks}
-
-## Bugs they catch
-
-Each bug is put into a right engine by `tests/broken_engines.py`, in float64, for Lennard-Jones and for PaiNN with
-random weights. Listed are the checks that fail for both; others may fail besides. S1 and S2 compare with the eager
-model; the others need the engine alone, and so find a wrong model that its engine reproduces faithfully: the first row
-is such a one. A unit that is off in energy and force alike shows in nothing but the comparison and the E0s.
-
-| bug | caught by |
-|---|---|
-{bugs}
-
-Written by `python tests/broken_engines.py --write`.
-"""
-
-
-def page() -> str:
-    """The text of docs/conformance.md."""
-    checks = [f"| {c} | {NAMES[c]} | {t['float64']:g} | {t['float32']:g} |" for c, t in TOLERANCES.items()]
-    bugs = []
-    for name, bug in BUGS.items():
-        where = "" if bug.models == tuple(MODELS) else f" ({', '.join(bug.models)} only)"
-        bugs.append(f"| {name}{where} | {bug.caught.replace(' ', ', ')} |")
-    return TEMPLATE.format(checks="\n".join(checks), bugs="\n".join(bugs))
-
-
-if __name__ == "__main__":
-    if sys.argv[1:] == ["--write"]:
-        PAGE.write_text(page(), encoding="utf-8")
-    sys.exit(PAGE.read_text(encoding="utf-8") != page())

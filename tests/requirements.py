@@ -1,6 +1,7 @@
 """What a test may skip without, and must not skip without where MLFF_REQUIRE names it.
 
-``MLFF_REQUIRE=ase,data`` turns the skips of tests that need ASE or the real data sets into failures.
+``MLFF_REQUIRE=ase,data`` turns the skips of tests that need ASE or the real data sets into failures;
+``lammps-mliap`` is the LAMMPS that `mlff lammps build` makes.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 # The folder of this name in the repository makes `import NAME` succeed without the engine: only a real name tells.
 ENGINES = {"ase": "Atoms", "lammps": "lammps", "openmm": "System"}
+MORE = ("data", "lammps-mliap")
 
 
 def require_engine(name: str) -> ModuleType:
     """The engine's module; skips where it is not installed. Callable at the top of a test file or inside a test."""
     module = importlib.import_module(name) if importlib.util.find_spec(name) else None
     if module is None or not hasattr(module, ENGINES[name]):
-        _missing(name, f"{name} is not installed: pip install 'mlff-engines[{name}]'")
+        missing(name, f"{name} is not installed: pip install 'mlff-engines[{name}]'")
     assert module is not None
     return module
 
@@ -31,15 +33,15 @@ def require_data() -> Path:
     """The folder of real data sets; MLFF_TEST_DATA overrides its default place beside the repository."""
     path = Path(os.environ.get("MLFF_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
     if not path.is_dir():
-        _missing("data", f"no data at {path}: set MLFF_TEST_DATA to the folder of the data sets")
+        missing("data", f"no data at {path}: set MLFF_TEST_DATA to the folder of the data sets")
     return path
 
 
-def _missing(name: str, message: str) -> None:
+def missing(name: str, message: str) -> None:
     required = [part.strip() for part in os.environ.get("MLFF_REQUIRE", "").split(",") if part.strip()]
-    unknown = sorted(set(required) - {*ENGINES, "data"})
+    unknown = sorted(set(required) - {*ENGINES, *MORE})
     if unknown:
-        raise pytest.UsageError(f"MLFF_REQUIRE names {unknown}; allowed: {', '.join(ENGINES)}, data")
+        raise pytest.UsageError(f"MLFF_REQUIRE names {unknown}; allowed: {', '.join((*ENGINES, *MORE))}")
     if name in required:
         pytest.fail(f"{message} (required by MLFF_REQUIRE={','.join(required)})", pytrace=False)
     pytest.skip(message, allow_module_level=True)

@@ -60,7 +60,6 @@ class ASEEngine:
         atoms.calc = self.calculator
         integrator = _integrator(atoms, dynamics)
         samples = []
-        file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("w", encoding="utf-8") as written:
             try:
                 for step, _ in enumerate(integrator.irun(dynamics.steps)):

@@ -106,7 +106,7 @@ class Engine(Protocol):
         ...
 
     def run(self, dynamics: Dynamics, file: Path) -> Trajectory:
-        """Molecular dynamics by the engine's own integrator, on the engine's own native trajectory `file`.
+        """Molecular dynamics by the engine's own integrator, into its native trajectory `file`, whose folder exists.
 
         Raises:
             SimulationError: the run failed; what was written stays readable.

@@ -14,6 +14,8 @@ from mlff_engines.validation.engine import Engine, MakeEngine
 ENGINES: dict[str, tuple[str, str, str]] = {
     "ase": ("mlff_ase.engine", "ASEEngine", "ase"),
     "openmm": ("mlff_openmm.engine", "OpenMMEngine", "openmm"),
+    "lammps": ("mlff_lammps.engine", "LAMMPSEngine", "lammps"),
+    "lammps-mliap": ("mlff_lammps.engine", "LAMMPSMLIAPEngine", "lammps"),
 }
 
 

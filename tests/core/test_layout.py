@@ -6,7 +6,7 @@ import ast
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from types import ModuleType
 
@@ -110,7 +110,7 @@ def sources() -> list[Path]:
     return sorted(path for root in roots for path in root.rglob("*.py"))
 
 
-def forbidden(source: str, *, torchscript: bool = False) -> list[str]:
+def forbidden(source: str, *, torchscript: bool = False, allowed: Collection[str] = ()) -> list[str]:
     """Names in the source of one module that no module of ours may use; `torchscript` allows torch.jit."""
     found = set()
     for node in ast.walk(ast.parse(source)):
@@ -131,14 +131,18 @@ def forbidden(source: str, *, torchscript: bool = False) -> list[str]:
                 or (f"{name}.".startswith("torch.jit.") and not torchscript)
             ):
                 found.add(name)
-    return sorted(found)
+    return sorted(found - {*allowed})
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda path: path.relative_to(REPOSITORY).as_posix())
 def test_source_uses_nothing_forbidden(path: Path) -> None:
-    """No pickle, no execution of text, and TorchScript in one file only."""
+    """No pickle, no execution of text, and TorchScript in one file only.
+
+    LAMMPS' ML-IAP unpickles a file of ours, which holds a class, a path and a hash: it is written, never read.
+    """
     torchscript = path == REPOSITORY / "mlff_engines" / "artifact.py"
-    assert forbidden(path.read_text(encoding="utf-8"), torchscript=torchscript) == []
+    allowed = {"pickle", "pickle.dumps"} if path == REPOSITORY / "lammps" / "mlff_lammps" / "mliap.py" else set()
+    assert forbidden(path.read_text(encoding="utf-8"), torchscript=torchscript, allowed=allowed) == []
 
 
 @pytest.mark.parametrize(

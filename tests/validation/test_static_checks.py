@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import broken_engines
+import conformance_page
 from broken_engines import BUGS, MODELS, NOBLE, ORGANIC, domain_decomposed, ensemble, evaluator, lennard_jones, painn
 from mlff_engines import artifact
 from mlff_engines.checkpoint import set_dtype
@@ -143,8 +144,8 @@ def test_tolerance_of_parity_is_that_of_the_golden_vectors() -> None:
 
 
 def test_page_is_up_to_date() -> None:
-    assert broken_engines.PAGE.read_text(encoding="utf-8") == broken_engines.page(), (
-        "docs/conformance.md is stale: python tests/broken_engines.py --write"
+    assert conformance_page.PAGE.read_text(encoding="utf-8") == conformance_page.page(), (
+        "docs/conformance.md is stale: make pages"
     )
 
 

@@ -1,0 +1,206 @@
+#include "model.h"
+
+#include "generated.h"
+
+#include <ATen/Parallel.h>
+#include <caffe2/serialize/inline_container.h>
+#include <torch/cuda.h>
+#include <torch/csrc/jit/runtime/graph_executor.h>
+#include <torch/script.h>
+#include <torch/version.h>
+
+#include <cerrno>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <sstream>
+#include <utility>
+
+namespace mlff {
+namespace {
+
+// the last line of a message holds the cause; what precedes it is TorchScript's trace
+std::string cause(const std::exception &error)
+{
+  const auto *of_torch = dynamic_cast<const c10::Error *>(&error);
+  std::istringstream lines(of_torch ? of_torch->what_without_backtrace() : error.what());
+  std::string line, last;
+  while (std::getline(lines, line))
+    if (line.find_first_not_of(" \t\r") != std::string::npos) last = line;
+  return last;
+}
+
+std::string content_of(const std::string &path)
+{
+  const std::string make = "mlff-export CHECKPOINT -o student.pt";
+  std::error_code status;
+  if (!std::filesystem::exists(path, status)) throw Error("no artifact at " + path + "; make one with: " + make);
+  const auto ending = std::filesystem::path(path).extension();
+  if (std::filesystem::is_directory(path, status) || ending == ".safetensors" || ending == ".yaml")
+    throw Error(path + " is a checkpoint, not an artifact; export it: " + make);
+  std::ifstream file(path, std::ios::binary);
+  std::ostringstream content;
+  if (!file || !(content << file.rdbuf())) throw Error("cannot read " + path + ": " + std::strerror(errno));
+  return content.str();
+}
+
+std::shared_ptr<caffe2::serialize::PyTorchStreamReader> open_archive(
+    const std::string &path, const std::string &content, std::istream &stream)
+{
+  try {
+    return std::make_shared<caffe2::serialize::PyTorchStreamReader>(&stream);
+  } catch (const std::exception &) {
+    const std::string what = content.starts_with("PK") ? " is a truncated artifact"
+        : content.starts_with("\x80")                  ? " is a pickle"
+                                                       : " is no artifact";
+    throw Error(path + what + " (" + std::to_string(content.size()) +
+                " bytes); copy it anew, or make it with: mlff-export CHECKPOINT -o student.pt");
+  }
+}
+
+c10::Device device_for(const std::string &name, int local_rank)
+{
+  c10::Device device("cpu");
+  try {
+    device = c10::Device(name);
+  } catch (const std::exception &) {
+    throw Error("unknown device " + name + "; allowed: cpu, cuda, cuda:1, ...");
+  }
+  if (device.is_cpu()) return device;
+  if (!device.is_cuda()) throw Error("device " + name + " is not supported; allowed: cpu, cuda, cuda:1, ...");
+  const int count = torch::cuda::is_available() ? static_cast<int>(torch::cuda::device_count()) : 0;
+  if (count == 0)
+    throw Error("device " + name + " was asked for but this torch " + TORCH_VERSION + " sees no CUDA: use device cpu");
+  if (device.index() >= count)
+    throw Error("device " + name + " was asked for but there are " + std::to_string(count) + " GPUs");
+  const int index = device.has_index() ? device.index() : local_rank % count;
+  return {c10::kCUDA, static_cast<c10::DeviceIndex>(index)};
+}
+
+void cast(torch::jit::Module &module, at::ScalarType dtype, const std::string &name)
+{
+  const auto convert = [&](const auto &tensors) {
+    for (const auto &item : tensors) {
+      // energy references are float64 in every artifact
+      if (!item.value.is_floating_point() || item.name.find(".reference.") != std::string::npos) continue;
+      item.value.set_data(item.value.to(dtype));
+      if (!item.value.isfinite().all().template item<bool>())
+        throw Error(item.name + " is not finite in " + name + ": use the artifact in its own dtype");
+    }
+  };
+  convert(module.named_parameters());
+  convert(module.named_buffers());
+}
+
+template <typename T> at::Tensor view(const std::vector<T> &values, at::IntArrayRef shape)
+{
+  return at::from_blob(const_cast<T *>(values.data()), shape, at::TensorOptions().dtype(c10::CppTypeToScalarType<T>()));
+}
+
+std::vector<double> copied(const at::Tensor &tensor)
+{
+  const at::Tensor flat = tensor.detach().to(at::kCPU, at::kDouble).contiguous();
+  return {flat.data_ptr<double>(), flat.data_ptr<double>() + flat.numel()};
+}
+
+}    // namespace
+
+struct Model::Impl {
+  torch::jit::Module module;
+  c10::Device device{c10::kCPU};
+  at::ScalarType dtype{at::kFloat};
+  std::map<std::int64_t, double> correction;    // eV, by atomic number
+};
+
+Model::Model(const std::string &path, const Options &chosen, int local_rank) :
+    running_torch(TORCH_VERSION), impl(std::make_unique<Impl>()), options(chosen)
+{
+  const std::string content = content_of(path);
+  std::istringstream stream(content);
+  const auto reader = open_archive(path, content, stream);
+  try {
+    manifest = read_manifest({path, reader->getAllRecords(), [&](const std::string &name) {
+                                const auto [data, size] = reader->getRecord(name);
+                                return std::string(static_cast<const char *>(data.get()), size);
+                              }});
+  } catch (const c10::Error &error) {
+    throw Error(path + " is damaged (" + cause(error) + "); copy it anew or export it again");
+  }
+  impl->device = device_for(options.device, local_rank);
+  at::set_num_threads(options.threads);
+  try {
+    // from the bytes that were hashed, not from the file anew
+    std::istringstream verified(content);
+    impl->module = torch::jit::load(verified, impl->device);
+    impl->module.eval();
+  } catch (const std::exception &error) {
+    const std::string trace = error.what(), sign = "Unknown builtin op: ";
+    if (const auto start = trace.find(sign); start != std::string::npos) {
+      const std::string name = trace.substr(start + sign.size());
+      throw Error(path + " uses the operator " + name.substr(0, name.find_first_of(".\n")) + ", which this torch " +
+                  running_torch + " does not have. Export the checkpoint again on this machine");
+    }
+    throw Error("torch " + running_torch + " cannot load " + path + " (made with torch " + manifest.torch_version +
+                "): " + cause(error) + ". Export the checkpoint again on this machine");
+  }
+  const std::string dtype = options.dtype.empty() ? manifest.dtype : options.dtype;
+  impl->dtype = dtype == "float64" ? at::kDouble : at::kFloat;
+  if (dtype == manifest.dtype) return;
+  cast(impl->module, impl->dtype, dtype);
+  if (dtype == "float64") fix_isolated_atoms();
+}
+
+// The network's output for lone atoms was recorded in float32: off by its rounding, they would miss their E0
+void Model::fix_isolated_atoms()
+{
+  Graph lone;
+  for (std::size_t z = 1; z < ELEMENTS.size(); z++)
+    if (manifest.e0.contains(ELEMENTS[z].symbol)) lone.numbers.push_back(static_cast<std::int64_t>(z));
+  lone.owned = static_cast<std::int64_t>(lone.numbers.size());
+  const Options asked = std::exchange(options, Options());    // neutral
+  const auto found = evaluate(lone).node_energy;
+  options = asked;
+  for (std::size_t i = 0; i < found.size(); i++)
+    impl->correction[lone.numbers[i]] = manifest.e0.at(ELEMENTS[lone.numbers[i]].symbol) - found[i];
+}
+
+Model::~Model() = default;
+
+Result Model::evaluate(const Graph &graph) const
+{
+  const auto nodes = static_cast<std::int64_t>(graph.numbers.size());
+  const auto edges = static_cast<std::int64_t>(graph.centre.size());
+  const auto real = at::TensorOptions().dtype(impl->dtype).device(impl->device);
+  try {
+    const at::AutoGradMode with_gradients(true);
+    // the optimising executor recompiles for each new shape, tens of milliseconds at a time, and gains nothing
+    const torch::jit::GraphOptimizerEnabledGuard no_optimizer(false);
+    c10::Dict<std::string, at::Tensor> in;
+    in.insert("numbers", view(graph.numbers, {nodes}).to(impl->device));
+    in.insert("edge_index",
+              at::stack({view(graph.centre, {edges}), view(graph.neighbour, {edges})}).to(impl->device));
+    in.insert("edge_vec", view(graph.vec, {edges, 3}).to(real));
+    in.insert("owned", at::arange(nodes, impl->device) < graph.owned);
+    in.insert("batch", at::zeros({nodes}, at::TensorOptions().dtype(at::kLong).device(impl->device)));
+    in.insert("charge", at::full({1}, options.charge, real));
+    in.insert("spin", at::full({1}, options.spin, real));
+    const auto out = impl->module.forward({in}).toGenericDict();
+    Result result{copied(out.at("node_energy").toTensor()), copied(out.at("edge_gradient").toTensor())};
+    if (!impl->correction.empty())
+      for (std::size_t i = 0; i < graph.numbers.size(); i++)
+        result.node_energy[i] += impl->correction.at(graph.numbers[i]);
+    return result;
+  } catch (const std::exception &error) {
+    const std::string what = cause(error);
+    const bool memory = dynamic_cast<const std::bad_alloc *>(&error) != nullptr ||
+        what.find("memory") != std::string::npos || what.find("DefaultCPUAllocator") != std::string::npos;
+    if (!memory) throw Error("the artifact failed: " + what);
+    std::ostringstream advice;
+    advice << "out of memory for " << nodes << " atoms with " << edges << " edges on " << impl->device.str();
+    if (manifest.bytes_per_edge > 0)
+      advice << ": it needs about " << edges * manifest.bytes_per_edge / 0x1p30 << " GiB";
+    throw Error(advice.str() + ". Use a smaller box, more ranks on more machines, float32, or another device");
+  }
+}
+
+}    // namespace mlff

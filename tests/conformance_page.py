@@ -1,0 +1,117 @@
+"""docs/conformance.md: every check, and the bugs that it is known to catch.
+
+python tests/conformance_page.py            # is the page up to date?
+python tests/conformance_page.py --write    # write it anew
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import broken_dynamics
+import broken_engines
+from mlff_engines.validation import dynamics, lifecycle, result
+from requirements import REPOSITORY
+
+PAGE = REPOSITORY / "docs" / "conformance.md"
+
+TEMPLATE = """\
+# The judge
+
+`mlff validate student.pt --engines ase,openmm,lammps -o DIR` runs the checks below on every engine and writes
+`DIR/report.html`. The same from Python: `mlff_engines.validation.run.validate`; on a model or an engine of one's own,
+given as a callable from `Structure` to `Result`: `mlff_engines.validation.conformance.check_model`; on an adapter:
+`mlff_engines.validation.dynamics.check_dynamics` and `mlff_engines.validation.lifecycle.check_adapter`.
+
+A verdict is *pass*, *fail* or *inconclusive*: data that could not have shown a fault are no pass.
+
+## Static checks
+
+Energies and virials in eV per atom, forces in eV/Å, relative to the largest force or virial where that is above 1; S3
+in units of the finite difference's own uncertainty, S4 relative to the largest component, S8 in wrong edges. A float32
+model is upcast for S3. Energies may besides differ by their rounding in float64. What an engine does not offer (OpenMM:
+virial and per-atom energies) is not compared.
+
+| | check | float64 | float32 |
+|---|---|---|---|
+{static}
+
+## Dynamics
+
+M1: distance of the ratio from 4; M2 and M3 in Å; M4 in meV/atom/ps, and within 3 standard errors of the eager model.
+M5-M7 have limits that follow from the data: see `ensembles.py`, `temperatures.py` and `stability.py`.
+
+| | check | float64 | float32 |
+|---|---|---|---|
+{moving}
+| M5 | {names[M5]} | replicas | replicas |
+| M6 | {names[M6]} | 3 sigma | 3 sigma |
+| M7 | {names[M7]} | none breaks | none breaks |
+
+## Lifecycle
+
+D2 and D3 in Å, Å/fs and eV per atom, D4 in any of them, D5 in MiB. D1 is LAMMPS' own, D6 OpenMM's.
+
+| | check | float64 | float32 |
+|---|---|---|---|
+| D1 | {names[D1]} | 1e-08 | 5e-05 |
+{lifecycle}
+| D6 | {names[D6]} | 1e-08 | 5e-05 |
+
+## Bugs that the static checks catch
+
+Each bug is put into a right engine by `tests/broken_engines.py`, in float64, for Lennard-Jones and for PaiNN with
+random weights. Listed are the checks that fail for both; others may fail besides. S1 and S2 compare with the eager
+model; the others need the engine alone, and so find a wrong model that its engine reproduces faithfully: the first row
+is such a one. A unit that is off in energy and force alike shows in nothing but the comparison and the E0s.
+
+| bug | caught by |
+|---|---|
+{static_bugs}
+
+## Bugs that M1-M3 catch
+
+The same bugs, and some of integrators, behind velocity Verlet (`tests/broken_dynamics.py`): a hot liquid of two noble
+gases, and PaiNN with random weights. *Missed* are checks that are known to pass in spite of the bug.
+
+| bug | caught by | missed by |
+|---|---|---|
+{moving_bugs}
+
+Written by `python tests/conformance_page.py --write`.
+"""
+
+
+def page() -> str:
+    """The text of docs/conformance.md."""
+    return TEMPLATE.format(
+        names=result.NAMES,
+        static=_checks(result.TOLERANCES),
+        moving=_checks(dynamics.TOLERANCES),
+        lifecycle=_checks(lifecycle.TOLERANCES),
+        static_bugs="\n".join(
+            f"| {name}{_where(bug)} | {bug.caught.replace(' ', ', ')} |" for name, bug in broken_engines.BUGS.items()
+        ),
+        moving_bugs="\n".join(
+            f"| {name}{_where(bug)} | {bug.caught.replace(' ', ', ')} | {bug.missed.replace(' ', ', ')} |"
+            for name, bug in broken_dynamics.BUGS.items()
+        ),
+    )
+
+
+def _checks(tolerances: Mapping[str, Mapping[Any, float]]) -> str:
+    return "\n".join(
+        f"| {code} | {result.NAMES[code]} | {t['float64']:g} | {t['float32']:g} |" for code, t in tolerances.items()
+    )
+
+
+def _where(bug: broken_engines.Bug | broken_dynamics.Bug) -> str:
+    return "" if bug.models == tuple(broken_engines.MODELS) else f" ({', '.join(bug.models)} only)"
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--write"]:
+        PAGE.write_text(page(), encoding="utf-8")
+    sys.exit(PAGE.read_text(encoding="utf-8") != page())

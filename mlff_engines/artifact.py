@@ -203,6 +203,17 @@ def save(path: Path, scripted: nn.Module, manifest: Manifest, golden: Sequence[G
     return manifest
 
 
+def recast(path: Path, out: Path, dtype: Dtype) -> None:
+    """Write the artifact at `path` in another dtype: for engines that take its own and no other.
+
+    Weights are those of `path`; so a float64 copy of a float32 artifact is that artifact without its rounding.
+    """
+    loaded = load(path, dtype=dtype)
+    evaluate = loaded.evaluator(skin=0.0, outside="ignore")
+    golden = [Golden.record(g.name, g.structure, evaluate(g.structure)) for g in loaded.golden]
+    save(out, loaded.module, loaded.manifest.model_copy(update={"dtype": dtype}), golden)
+
+
 def inspect(path: Path | str) -> Manifest:
     """The manifest, its hashes checked; nothing of the artifact is executed.
 

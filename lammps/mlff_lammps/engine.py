@@ -10,20 +10,21 @@ import contextlib
 import re
 import subprocess
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from mlff_engines.artifact import Dtype, inspect
-from mlff_engines.errors import ConfigError, SimulationError, StructureError
+from mlff_engines.artifact import Dtype, inspect, recast
+from mlff_engines.errors import SimulationError, StructureError
 from mlff_engines.structure import FloatArray, Result, Structure
 from mlff_engines.units import BAR
 from mlff_engines.validation.engine import Dynamics, Trajectory
-from mlff_engines.validation.result import EVERYTHING
+from mlff_engines.validation.result import EVERYTHING, CheckResult, Claims, Evaluate
 from mlff_lammps.deck import Placed, read_dump, write_data
 from mlff_lammps.mliap import write_mliap
 from mlff_lammps.plugin import build_plugin
+from mlff_lammps.ranks import check_ranks
 from mlff_lammps.run import Installation, built, stock
 
 EXACT = "%.17g"
@@ -47,7 +48,7 @@ class LAMMPSEngine:
     """
 
     name = "lammps"
-    offers = EVERYTHING
+    offers = EVERYTHING - {"spread"}
     suffix = ".lammpstrj"
 
     def __init__(
@@ -151,6 +152,22 @@ class LAMMPSEngine:
         found = re.search(r"Simulator - (\d+ \w+ \d+)", said.stdout)
         return {"lammps": found[1] if found else "unknown"}
 
+    def own_checks(self, expected: Evaluate, claims: Claims) -> Mapping[str, Callable[[], CheckResult]]:
+        """D1."""
+
+        def divided(ranks: int, processors: str) -> LAMMPSEngine:
+            return type(self)(
+                self.artifact,
+                folder=self.folder / f"ranks-{ranks}-{processors}".translate({ord("*"): "n", ord(" "): "-"}),
+                device=self.device,
+                dtype=self.dtype,
+                skin=self.skin,
+                ranks=ranks,
+                processors=processors,
+            )
+
+        return {"D1": lambda: check_ranks(divided, claims)}
+
     def close(self) -> None:
         """End the LAMMPS process."""
         if self._lammps is not None:
@@ -219,11 +236,9 @@ class LAMMPSMLIAPEngine(LAMMPSEngine):
             processors=processors,
             settings=settings,
         )
-        if self.dtype != self.manifest.dtype:
-            raise ConfigError(
-                f"pair_style mliap runs {artifact} in its own {self.manifest.dtype}; for {self.dtype} export it again: "
-                f"mlff-export CHECKPOINT --dtype {self.dtype}"
-            )
+        if self.dtype != self.manifest.dtype:  # pair_style mliap has no option for it
+            recast(self.artifact, self.folder / f"student-{self.dtype}.pt", self.dtype)
+            self.artifact = self.folder / f"student-{self.dtype}.pt"
         self.model = self.folder / "student.mliap"
         write_mliap(self.artifact, self.model, overwrite=True)
 

@@ -18,7 +18,7 @@ import students
 from lammps_runs import crystal, deck, lmp, write_structure
 from mlff_engines.artifact import inspect
 from mlff_engines.checkpoint import Domain, load_checkpoint
-from mlff_engines.errors import ArtifactError, ConfigError, SimulationError, StructureError
+from mlff_engines.errors import ArtifactError, SimulationError, StructureError
 from mlff_engines.evaluator import Evaluator
 from mlff_engines.structure import Result, Structure
 from mlff_engines.validation.conformance import check_model
@@ -204,11 +204,17 @@ def test_file_is_class_path_and_hash(home: Path, tmp_path: Path) -> None:
         write_mliap(home / "absent.pt", tmp_path / "new.mliap")
 
 
-def test_engine_refuses_what_it_would_have_to_drop(engine: LAMMPSMLIAPEngine, home: Path, tmp_path: Path) -> None:
+def test_charge_is_refused_rather_than_dropped(engine: LAMMPSMLIAPEngine) -> None:
     with pytest.raises(StructureError, match="charge 1"):
         engine.evaluate(replace(crystal(8), charge=1.0))
-    with pytest.raises(ConfigError, match="in its own float64"):
-        LAMMPSMLIAPEngine(home / "student.pt", folder=tmp_path, dtype="float32")
+
+
+def test_other_precision_than_the_artifacts(home: Path, exact: Evaluate, tmp_path: Path) -> None:
+    single = LAMMPSMLIAPEngine(home / "student.pt", folder=tmp_path, dtype="float32")
+    expected = exact(crystal(8))
+    off = largest(single.evaluate(crystal(8)), expected)["forces"] / np.abs(expected.forces).max()
+    single.close()
+    assert 1e-9 < off < 5e-5
 
 
 def test_failed_run_names_the_reason_and_leaves_the_frames(home: Path, tmp_path: Path) -> None:

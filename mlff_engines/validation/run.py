@@ -55,7 +55,7 @@ MOVING: dict[Mode, tuple[str, ...]] = {
 OWN = ("D1", "D6")  # of some engines
 STATIC_SYSTEMS = "static systems"
 SETTLING, SETTLING_FRICTION = 500, 20.0  # steps and 1/ps: what was built by hand comes to rest first
-FRICTION = 1.0  # 1/ps
+FRICTION = 5.0  # 1/ps: liquids lose their memory soonest at some such value
 SAMPLING = 10.0  # fs between the samples of an ensemble
 PACKAGES = ("torch", "numpy", "scipy", "vesin", "mdtraj", "MDAnalysis", "physical_validation")
 

@@ -296,7 +296,7 @@ def mlff_export(
 
 def _run(command: click.Command, args: Sequence[str] | None) -> None:
     try:
-        command.main(args=args, standalone_mode=False)
+        code = command.main(args=args, standalone_mode=False)
     except click.exceptions.Abort:
         click.echo("interrupted", err=True)
         sys.exit(130)
@@ -309,6 +309,8 @@ def _run(command: click.Command, args: Sequence[str] | None) -> None:
     except OSError as error:  # a file or disk that cannot be used; anything else is a bug and shows its traceback
         click.echo(f"error: {error.strerror or error}: {error.filename or 'see above'}", err=True)
         sys.exit(1)
+    if code:  # of a command that has a verdict
+        sys.exit(code)
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 
 from mlff_engines import __version__, cli
@@ -171,6 +172,16 @@ def test_check_without_ase(tmp_path: Path) -> None:
     run = subprocess.run([sys.executable, "-c", program, *args], capture_output=True, text=True)
     assert run.returncode == 1
     assert run.stderr == "error: --check reads structures with ASE: pip install 'mlff-engines[ase]'\n"
+
+
+def test_a_verdict_is_an_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    @click.command()
+    @click.pass_context
+    def undecided(ctx: click.Context) -> None:
+        ctx.exit(3)
+
+    monkeypatch.setitem(cli.mlff.commands, "undecided", undecided)
+    assert fails(cli.main, "undecided") == 3
 
 
 def test_ctrl_c_exits_with_130(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:

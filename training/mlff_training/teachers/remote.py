@@ -41,12 +41,18 @@ class RemoteCalculator(TeacherCalculator):
         self._python = config.python or Path(sys.executable)
         self._process: subprocess.Popen[bytes] | None = None
         self._closed = False
+        self._busy = threading.RLock()  # held by the thread that talks to the child
         self._start()
 
     def close(self) -> None:
-        """Kill the child; later calls raise `TeacherLost`."""
+        """Kill the child, also while another thread waits for its answer; that and later calls raise `TeacherLost`."""
         self._closed = True
-        self._kill()
+        process = self._process
+        if process is not None:
+            _signal(process)
+        # the waiting thread sees the end of the stream; closed under its hands, the stream would never tell it
+        with self._busy:
+            self._kill()
 
     def _start(self) -> None:
         # the other environment is its own: our module paths mean nothing there
@@ -72,6 +78,9 @@ class RemoteCalculator(TeacherCalculator):
         self._drain.start()
         self._process = process
         self._finalizer = weakref.finalize(self, _kill, process)
+        if self._closed:  # meanwhile, by another thread that saw no process to kill
+            self._kill()
+            raise TeacherLost(f"the teacher {self.config.name} was closed")
         spec = self.config.spec
         same = self.config.python is None or Path(sys.executable) == self.config.python
         request = {
@@ -86,11 +95,12 @@ class RemoteCalculator(TeacherCalculator):
 
     def _evaluate(self, request: dict[str, Any]) -> dict[str, Any]:
         what = f"the teacher {self.config.name}, {self.atoms.get_chemical_formula()}"
-        if self._closed:
-            raise TeacherLost(f"{what}: it was closed")
-        if self._process is None:
-            self._start()
-        answer = self._ask(request, what)
+        with self._busy:
+            if self._closed:
+                raise TeacherLost(f"{what}: it was closed")
+            if self._process is None:
+                self._start()
+            answer = self._ask(request, what)
         if "error" in answer:
             raise TeacherError(f"{what}: {answer['error']}")
         results: dict[str, Any] = answer["results"]
@@ -143,11 +153,15 @@ def _drain(stream: IO[bytes], log: deque[str]) -> None:
             log.append(line.decode(errors="replace").rstrip()[:500])
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
+def _signal(process: subprocess.Popen[bytes]) -> None:
     if process.poll() is None:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    _signal(process)
+    process.wait()
     for stream in (process.stdin, process.stdout):
         assert stream is not None
         with suppress(BrokenPipeError):

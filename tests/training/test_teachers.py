@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import gc
 import hashlib
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -429,3 +431,25 @@ def test_mace_in_an_environment_of_its_own(mace_python: Path, tmp_path: Path, op
     moved[1].positions[2, 1] -= 1e-4
     up, down = (calculator.get_property("energy", atoms) for atoms in moved)
     assert calculator.get_property("forces", ethanol)[2, 1] == pytest.approx(-(up - down) / 2e-4, abs=1e-6)
+
+
+def test_closing_ends_a_wait_in_another_thread(opened: list[TeacherCalculator]) -> None:
+    """At any moment of the exchange, the start of a new child among them; else the caller would wait for ever."""
+    for delay in (0.0, 0.001, 0.01, 0.05, 0.2):
+        calculator = make(toy(trouble="exit", seconds=0.02, python=HERE), opened)
+        ended = threading.Event()
+
+        def work(calculator: TeacherCalculator = calculator, ended: threading.Event = ended) -> None:
+            with contextlib.suppress(TeacherLost):
+                while True:
+                    with contextlib.suppress(TeacherLost):
+                        calculator.calculate(Atoms("He", positions=[[200.0, 0, 0]]))
+                    if calculator._closed:  # type: ignore[attr-defined]
+                        break
+            ended.set()
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        time.sleep(delay)
+        calculator.close()
+        assert ended.wait(30)

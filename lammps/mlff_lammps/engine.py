@@ -11,6 +11,7 @@ import re
 import subprocess
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -146,6 +147,10 @@ class LAMMPSEngine:
 
     def versions(self) -> Mapping[str, str]:
         """Of LAMMPS."""
+        return self._versions
+
+    @cached_property
+    def _versions(self) -> dict[str, str]:
         said = subprocess.run(
             self.installation.command(["-h"]), env=self.installation.environment, capture_output=True, text=True
         )
@@ -175,11 +180,13 @@ class LAMMPSEngine:
             self._lammps = None
 
     def _install(self) -> Installation:
+        """The LAMMPS to run; what the pair style needs is made here, once."""
+        self._plugin = build_plugin()
         return stock()
 
     def _pair_commands(self, structure: Structure) -> list[str]:
         options = f"device {self.device} dtype {self.dtype} charge {structure.charge!r} spin {structure.spin!r}"
-        return [f'plugin load "{build_plugin()}"', f'pair_style mlff "{self.artifact}" {options} outside ignore']
+        return [f'plugin load "{self._plugin}"', f'pair_style mlff "{self.artifact}" {options} outside ignore']
 
     def _setup(
         self, structure: Structure, masses: FloatArray, velocities: FloatArray | None
@@ -214,36 +221,13 @@ class LAMMPSMLIAPEngine(LAMMPSEngine):
 
     name = "lammps-mliap"
 
-    def __init__(
-        self,
-        artifact: Path,
-        *,
-        folder: Path,
-        device: str = "cpu",
-        dtype: Dtype | None = None,
-        skin: float = 0.5,
-        ranks: int = 1,
-        processors: str = "* * *",
-        settings: Sequence[str] = (),
-    ) -> None:
-        super().__init__(
-            artifact,
-            folder=folder,
-            device=device,
-            dtype=dtype,
-            skin=skin,
-            ranks=ranks,
-            processors=processors,
-            settings=settings,
-        )
+    def _install(self) -> Installation:
+        found = built()
         if self.dtype != self.manifest.dtype:  # pair_style mliap has no option for it
             recast(self.artifact, self.folder / f"student-{self.dtype}.pt", self.dtype)
             self.artifact = self.folder / f"student-{self.dtype}.pt"
         self.model = self.folder / "student.mliap"
         write_mliap(self.artifact, self.model, overwrite=True)
-
-    def _install(self) -> Installation:
-        found = built()
         return Installation(found.executable, {**found.environment, "MLFF_DEVICE": self.device})
 
     def _pair_commands(self, structure: Structure) -> list[str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 from pathlib import Path
 from types import ModuleType
 
@@ -35,11 +36,22 @@ def require_data() -> Path:
     return path
 
 
+def has_compiler() -> bool:
+    """Whether kernels can be built here."""
+    return shutil.which(os.environ.get("CXX", "g++")) is not None
+
+
+def require_compiler() -> None:
+    """Skips where no C++ compiler is installed. Callable at the top of a test file."""
+    if not has_compiler():
+        _missing("compiler", "no C++ compiler: install g++ 11 or newer, or name one with CXX")
+
+
 def _missing(name: str, message: str) -> None:
     required = [part.strip() for part in os.environ.get("MLFF_REQUIRE", "").split(",") if part.strip()]
-    unknown = sorted(set(required) - {*ENGINES, "data"})
+    unknown = sorted(set(required) - {*ENGINES, "compiler", "data"})
     if unknown:
-        raise pytest.UsageError(f"MLFF_REQUIRE names {unknown}; allowed: {', '.join(ENGINES)}, data")
+        raise pytest.UsageError(f"MLFF_REQUIRE names {unknown}; allowed: {', '.join(ENGINES)}, compiler, data")
     if name in required:
         pytest.fail(f"{message} (required by MLFF_REQUIRE={','.join(required)})", pytrace=False)
     pytest.skip(message, allow_module_level=True)

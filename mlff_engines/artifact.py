@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -29,10 +30,11 @@ from torch import nn
 
 from mlff_engines.checkpoint import Domain, StructureRecord, set_dtype
 from mlff_engines.config import Config, parse
-from mlff_engines.errors import ArtifactError, ConfigError
+from mlff_engines.errors import ArtifactError, ConfigError, KernelWarning, MissingEngineError, suggest
 from mlff_engines.evaluator import Evaluator
 from mlff_engines.files import replacing
 from mlff_engines.graph import Graph
+from mlff_engines.kernels import FUSED, available, fuse, load_operators, memory
 from mlff_engines.models.registry import build_model, model_config
 from mlff_engines.potential import Ensemble, Potential
 from mlff_engines.structure import Result, Structure
@@ -41,6 +43,8 @@ SCHEMA = 1
 MANIFEST = "mlff.json"
 GOLDEN = "golden.json"
 Dtype = Literal["float32", "float64"]
+Kernel = Literal["torch", "fused"]
+KERNELS = ("auto", "torch", "fused")
 DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "float64": torch.float64}
 TOLERANCE: dict[Dtype, float] = {
     "float32": 5e-5,
@@ -73,7 +77,8 @@ class Manifest(Config):
     e0: dict[str, float] = Field(description="energy of the isolated atom per element, eV")
     training: list[dict[str, Any]] = Field(description="provenance, one entry per member")
     weights_sha256: list[str] = Field(description="of the checkpoint of each member")
-    bytes_per_edge: float | None = Field(None, description="memory of one evaluation")
+    bytes_per_edge: float | None = Field(None, description="memory of one evaluation in plain torch")
+    kernel: Kernel = Field("torch", description="whether the program calls an operator of mlff_engines.kernels")
     torch_version: str
     sha256: str = Field("", description="of all else in the archive")
 
@@ -81,6 +86,11 @@ class Manifest(Config):
     def members(self) -> int:
         """1, or the size of the ensemble."""
         return len(self.models)
+
+    @property
+    def architectures(self) -> list[str]:
+        """Of each member."""
+        return [model["arch"] for model in self.models]
 
 
 class Golden(StructureRecord):
@@ -119,10 +129,15 @@ class Golden(StructureRecord):
 
 
 class Artifact:
-    """A loaded artifact. Make one with `load`."""
+    """A loaded artifact. Make one with `load`.
+
+    Attributes:
+        kernel: "fused" if `module` calls a kernel, "torch" if it is plain torch.
+    """
 
     def __init__(self, manifest: Manifest, golden: list[Golden], module: nn.Module, device: torch.device) -> None:
         self.manifest = manifest
+        self.kernel: Kernel = manifest.kernel
         self.golden = golden
         self.module = module
         self.device = device
@@ -138,6 +153,9 @@ class Artifact:
     def evaluator(self, *, skin: float = 0.5, outside: str = "warn") -> Evaluator:
         """A new `Evaluator` of this artifact, with a neighbour list of its own."""
         m = self.manifest
+        per_edge, per_atom = m.bytes_per_edge, 0.0
+        if self.kernel == "fused":
+            per_edge, per_atom = max(memory(model, self.dtype) for model in m.models)
         return Evaluator(
             self,
             m.domain,
@@ -148,16 +166,18 @@ class Artifact:
             dtype=self.dtype,
             device=self.device,
             outside=outside,
-            bytes_per_edge=m.bytes_per_edge,
+            bytes_per_edge=per_edge,
+            bytes_per_atom=per_atom,
         )
 
-    def eager(self) -> nn.Module:
+    def eager(self) -> Potential | Ensemble:
         """The `Potential` or `Ensemble` as plain torch code in float64, with the weights of this artifact."""
         m = self.manifest
         members = [Potential(build_model(model_config(config), m.domain.elements, m.e0)) for config in m.models]
-        potential = members[0] if len(members) == 1 else Ensemble(members)
+        potential: Potential | Ensemble = members[0] if len(members) == 1 else Ensemble(members)
         set_dtype(potential, torch.float64)
-        potential.load_state_dict({name: t.cpu() for name, t in self.module.state_dict().items()})
+        state = self.module.state_dict()  # a kernel's holds more
+        potential.load_state_dict({name: state[name].cpu() for name in potential.state_dict()})
         return potential.eval()  # with the energies of isolated atoms in float64 too
 
     def verify(self) -> dict[str, dict[str, float]]:
@@ -223,19 +243,26 @@ def inspect(path: Path | str) -> Manifest:
     return _read(Path(path))[0]
 
 
-def load(path: Path | str, device: str | torch.device = "cpu", dtype: Dtype | None = None) -> Artifact:
+def load(
+    path: Path | str, device: str | torch.device = "cpu", dtype: Dtype | None = None, kernel: str | None = None
+) -> Artifact:
     """Load an artifact, whatever device it was saved on.
 
     Args:
         path: the `.pt` file.
         device: where to run it.
         dtype: "float32" or "float64" in place of the artifact's own.
+        kernel: "fused" for the operators of `mlff_engines.kernels`, "torch" for plain torch, "auto" for whichever is
+            faster here; by default the environment variable MLFF_KERNEL, or "auto".
 
     Raises:
-        ArtifactError: as `inspect`; also a missing custom operator, an unavailable device, weights that do not fit
-            the dtype asked for, or golden vectors that fail under an untested torch.
+        ArtifactError: as `inspect`; also a missing custom operator, an unavailable device or kernel, weights that do
+            not fit the dtype asked for, or golden vectors that fail under an untested torch.
     """
     path = Path(path)
+    kernel = kernel or os.environ.get("MLFF_KERNEL") or "auto"
+    if kernel not in KERNELS:
+        raise ArtifactError(f"kernel {kernel!r}{suggest(kernel, KERNELS)}")
     manifest, golden = _read(path)
     try:
         device = torch.device(device)
@@ -243,14 +270,20 @@ def load(path: Path | str, device: str | torch.device = "cpu", dtype: Dtype | No
         raise ArtifactError(f"unknown device {device!r}; allowed: cpu, cuda, cuda:1, ...") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ArtifactError(f"device {device} was asked for but this torch {torch.__version__} sees no CUDA: use cpu")
+    if dtype is not None and dtype not in DTYPES:
+        raise ArtifactError(f"dtype {dtype!r}; allowed: {', '.join(DTYPES)}")
+    if "fused" in (manifest.kernel, kernel):
+        try:
+            load_operators()
+        except MissingEngineError as error:
+            raise ArtifactError(f"{path} cannot run its fused kernel: {error}. {_WITHOUT[manifest.kernel]}") from None
     try:
         with _no_deprecation():
             module = torch.jit.load(str(path), map_location=device)
     except RuntimeError as error:
         raise ArtifactError(_explain_load_failure(path, manifest, error)) from error
     artifact = Artifact(manifest, golden, module.eval(), device)
-    if dtype is not None and dtype != manifest.dtype:
-        _cast(artifact, dtype)
+    _choose(artifact, dtype or manifest.dtype, kernel)
     if _release(torch.__version__) != _release(manifest.torch_version):
         warnings.warn(
             f"{path} was made with torch {manifest.torch_version} and runs on {torch.__version__}: "
@@ -259,6 +292,39 @@ def load(path: Path | str, device: str | torch.device = "cpu", dtype: Dtype | No
         )
         artifact.verify()
     return artifact
+
+
+_WITHOUT: dict[Kernel, str] = {
+    "torch": "Or load it with kernel='torch'",
+    "fused": "Or export its checkpoint again with --kernel torch",
+}
+
+
+def _choose(artifact: Artifact, dtype: Dtype, kernel: str) -> None:
+    """Put the form asked for in place of the program, where that is another."""
+    manifest = artifact.manifest
+    missing = sorted(set(manifest.architectures) - set(FUSED))
+    on_cpu = artifact.device.type == "cpu"
+    if kernel == "fused" and (missing or not on_cpu):
+        what = f"architecture {', '.join(missing)}" if missing else f"device {artifact.device}"
+        raise ArtifactError(f"there is no fused kernel for {what}: use kernel='auto' or 'torch'")
+    wanted: Kernel = "fused" if kernel != "torch" and on_cpu and not missing and available() else "torch"
+    if manifest.kernel == "torch" and dtype != manifest.dtype:
+        _cast(artifact, dtype)
+    if wanted == manifest.kernel and (wanted == "torch" or dtype == manifest.dtype):
+        return
+    potential = artifact.eager()
+    set_dtype(potential, DTYPES[dtype])
+    module = potential.eval().to(artifact.device)
+    if wanted == "fused":
+        try:
+            module = fuse(potential, manifest.architectures)
+        except ArtifactError as error:
+            if kernel == "fused":
+                raise
+            warnings.warn(f"{error}. Plain torch is used", KernelWarning, stacklevel=3)
+            wanted = "torch"
+    artifact.module, artifact.dtype, artifact.kernel = module, DTYPES[dtype], wanted
 
 
 def _read(path: Path) -> tuple[Manifest, list[Golden]]:
@@ -341,8 +407,6 @@ def _explain_load_failure(path: Path, manifest: Manifest, error: RuntimeError) -
 
 
 def _cast(artifact: Artifact, dtype: Dtype) -> None:
-    if dtype not in DTYPES:
-        raise ArtifactError(f"dtype {dtype!r}; allowed: {', '.join(DTYPES)}")
     for name, tensor in [*artifact.module.named_parameters(), *artifact.module.named_buffers()]:
         # energy references are float64 in every artifact
         if tensor.is_floating_point() and ".reference." not in name:

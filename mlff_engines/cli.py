@@ -18,7 +18,7 @@ from mlff_engines import __version__
 from mlff_engines.errors import MLFFError, suggest
 
 if TYPE_CHECKING:
-    from mlff_engines.artifact import Dtype
+    from mlff_engines.artifact import Dtype, Kernel
     from mlff_engines.structure import Structure
     from mlff_engines.validation.builtin import System
     from mlff_engines.validation.run import Mode
@@ -120,7 +120,7 @@ def inspect_artifact(artifact: Path, as_json: bool) -> None:
         "unpaired electrons": f"{domain.spins} ({'an input' if manifest.takes_spin else 'fixed'})",
         "shortest distances": ", ".join(f"{pair} {d:.2f}" for pair, d in domain.min_distances.items()) + " Å",
         "outputs": ", ".join(manifest.outputs),
-        "made with": f"torch {manifest.torch_version}",
+        "made with": f"torch {manifest.torch_version}, kernel {manifest.kernel}",
         "sha256": manifest.sha256,
     }
     for name, value in rows.items():
@@ -256,6 +256,13 @@ def _read_structures(path: Path, option: str) -> list[Structure]:
 @click.option("--dtype", type=click.Choice(["float32", "float64"]), default="float32", show_default=True)
 @click.option("--device", default="cpu", show_default=True, help="Device it is saved for; loading remaps it.")
 @click.option("--check", type=click.Path(path_type=Path), help="A structure file to compare artifact and model on.")
+@click.option(
+    "--kernel",
+    type=click.Choice(["torch", "fused"]),
+    default="torch",
+    show_default=True,
+    help="fused: the program itself names the fused operator, for engines that load it without Python.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace an existing artifact.")
 @click.option(
     "--engine",
@@ -268,6 +275,7 @@ def mlff_export(
     dtype: Dtype,
     device: str,
     check: Path | None,
+    kernel: Kernel,
     overwrite: bool,
     engine: str | None,
 ) -> None:
@@ -284,7 +292,13 @@ def mlff_export(
         artifact = checkpoints[0]
     else:
         made = export_artifact(
-            checkpoints, artifact, dtype=dtype, device=device, structures=structures, overwrite=overwrite
+            checkpoints,
+            artifact,
+            dtype=dtype,
+            device=device,
+            structures=structures,
+            overwrite=overwrite,
+            kernel=kernel,
         )
         for name, deviations in made.verify().items():
             click.echo(f"{name:24s}" + "  ".join(f"{what} {value:.1e}" for what, value in deviations.items()))

@@ -61,6 +61,10 @@ class ExtrapolationWarning(UserWarning):
     """A structure lies outside what the model was trained on."""
 
 
+class KernelWarning(UserWarning):
+    """The fused kernels cannot be built here; models run in plain torch."""
+
+
 def suggest(got: str, allowed: Iterable[str]) -> str:
     """``"; did you mean 'x'?"`` for the nearest of `allowed`, else ``"; allowed: ..."``."""
     names = sorted(allowed)

@@ -32,7 +32,7 @@ class Evaluator:
         skin: Å added to the cutoff of the neighbour list; 0 searches anew for every call.
         dtype, device: of the tensors handed to `potential`.
         outside: what to do below a trained minimum distance or at a charge or spin not trained on.
-        bytes_per_edge: memory the model takes, for advice when there is not enough.
+        bytes_per_edge, bytes_per_atom: memory the model takes, for advice when there is not enough.
     """
 
     def __init__(
@@ -48,12 +48,13 @@ class Evaluator:
         device: str | torch.device = "cpu",
         outside: str = "warn",
         bytes_per_edge: float | None = None,
+        bytes_per_atom: float = 0.0,
     ) -> None:
         if outside not in OUTSIDE_ACTIONS:
             raise StructureError(f"outside={outside!r}{suggest(outside, OUTSIDE_ACTIONS)}")
         self.potential, self.domain, self.outside = potential, domain, outside
         self.takes_charge, self.takes_spin = takes_charge, takes_spin
-        self.bytes_per_edge = bytes_per_edge
+        self.bytes_per_edge, self.bytes_per_atom = bytes_per_edge, bytes_per_atom
         self.dtype, self.device = dtype, torch.device(device)
         self.neighbors = VerletList(cutoff, skin)
         self._known = np.zeros(MAX_ATOMIC_NUMBER + 1, dtype=bool)
@@ -93,20 +94,22 @@ class Evaluator:
             if not isinstance(error, MemoryError) and "memory" not in str(error).lower():
                 raise
             atoms, edges = len(graph["numbers"]), graph["edge_index"].shape[1]
-            needs = "" if self.bytes_per_edge is None else self._memory_advice(atoms, edges, self.bytes_per_edge)
+            needs = ""
+            if self.bytes_per_edge is not None:
+                needs = self._memory_advice(atoms, edges * self.bytes_per_edge + atoms * self.bytes_per_atom)
             raise StructureError(
                 f"out of memory for {atoms} atoms with {edges} edges on {self.device}{needs}. "
                 "Use a smaller box, a smaller skin, float32, or another device"
             ) from error
 
-    def _memory_advice(self, atoms: int, edges: int, bytes_per_edge: float) -> str:
+    def _memory_advice(self, atoms: int, size: float) -> str:
         if self.device.type == "cuda":
             free = torch.cuda.mem_get_info(self.device)[0]
         else:
             free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        largest = int(free / bytes_per_edge * atoms / max(edges, 1))
+        largest = int(free / max(size, 1) * atoms)
         return (
-            f": it needs about {edges * bytes_per_edge / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free; "
+            f": it needs about {size / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free; "
             f"at this density at most about {largest} atoms fit"
         )
 

@@ -12,12 +12,13 @@ import torch
 from torch import nn
 
 from mlff_engines import artifact
-from mlff_engines.artifact import DTYPES, SCHEMA, Artifact, Dtype, Golden, Manifest, Units
+from mlff_engines.artifact import DTYPES, SCHEMA, Artifact, Dtype, Golden, Kernel, Manifest, Units
 from mlff_engines.checkpoint import CheckpointConfig, Domain, load_checkpoint, set_dtype
 from mlff_engines.errors import ArtifactError
 from mlff_engines.evaluator import Evaluator
 from mlff_engines.files import replacing
 from mlff_engines.graph import OUTPUTS
+from mlff_engines.kernels import FUSED, fuse, load_operators
 from mlff_engines.models.base import AtomicModel
 from mlff_engines.models.registry import model_config
 from mlff_engines.potential import Ensemble, Potential
@@ -32,6 +33,7 @@ def export(
     device: str = "cpu",
     structures: Sequence[Structure] = (),
     overwrite: bool = False,
+    kernel: Kernel = "torch",
 ) -> Artifact:
     """Write the edge artifact of one checkpoint, or of several as an ensemble, and replay its golden vectors.
 
@@ -42,10 +44,14 @@ def export(
         device: the artifact is saved for; loading remaps it.
         structures: more structures to check and to keep among the golden vectors.
         overwrite: replace an existing `out`.
+        kernel: "torch" runs wherever torch does, and `artifact.load` finds the fused kernel for it; "fused" names that
+            operator in the program, for engines that load it without Python.
 
     Raises:
+        MissingEngineError: the fused kernel cannot be built here.
         ArtifactError: see `load_checkpoint`; also an existing `out`, members of an ensemble that do not fit each
-            other, weights that are not finite in `dtype`, or an artifact that does not reproduce the eager model.
+            other, no kernel for the architecture, weights that are not finite in `dtype`, or an artifact that does
+            not reproduce the eager model.
     """
     if dtype not in DTYPES:
         raise ArtifactError(f"dtype {dtype!r}; allowed: {', '.join(DTYPES)}")
@@ -56,7 +62,7 @@ def export(
     first = model_config(configs[0].model)
     domain = _common_domain(checkpoints, configs)
 
-    def assemble() -> nn.Module:
+    def assemble() -> Potential | Ensemble:
         members = [copy.deepcopy(potential) for potential, _ in loaded]
         return members[0] if len(members) == 1 else Ensemble(members)
 
@@ -100,11 +106,18 @@ def export(
         training=[config.training for config in configs],
         weights_sha256=[config.sha256 for config in configs],
         bytes_per_edge=_bytes_per_edge(potential, evaluator(potential, DTYPES[dtype]), named["triclinic box"]),
+        kernel=kernel,
         torch_version=str(torch.__version__),
     )
+    if kernel == "fused":
+        missing = sorted(set(manifest.architectures) - set(FUSED))
+        if missing:
+            raise ArtifactError(f"there is no fused kernel for {', '.join(missing)}: export with --kernel torch")
+        load_operators()
+        potential = fuse(potential, manifest.architectures)
     with replacing(out) as temporary:  # takes its place only when it has proved itself
         artifact.save(temporary, artifact.script(potential.to(device)), manifest, golden)
-        made = artifact.load(temporary, device)
+        made = artifact.load(temporary, device, kernel=kernel)
         made.verify()
     return made
 

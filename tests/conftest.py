@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +17,13 @@ import requirements
 def _one_thread() -> None:
     """Systems here are small: one intra-op thread is fastest and keeps sums in one order."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _kernel() -> None:
+    """Without a compiler every artifact that is loaded would warn, and warnings are errors."""
+    if not requirements.has_compiler():
+        os.environ.setdefault("MLFF_KERNEL", "torch")
 
 
 @pytest.fixture(scope="session")

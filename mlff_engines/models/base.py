@@ -65,7 +65,7 @@ class AtomicModel(nn.Module):
         super().train(mode)
         if not mode:
             elements = self.reference.elements
-            lone = with_isolated_atoms(_empty_graph(self.network, elements.device), elements)
+            lone = with_isolated_atoms(empty_graph(self.network, elements.device), elements)
             with torch.no_grad():
                 self.reference.y_isolated[elements] = self.network(lone).double()
         return self
@@ -110,7 +110,8 @@ def with_isolated_atoms(graph: Graph, elements: Tensor) -> Graph:
     }
 
 
-def _empty_graph(network: nn.Module, device: torch.device) -> Graph:
+def empty_graph(network: nn.Module, device: torch.device) -> Graph:
+    """No atoms, in the dtype of `network`."""
     dtype = next(network.parameters()).dtype
     nothing = torch.zeros(0, dtype=torch.int64, device=device)
     return {

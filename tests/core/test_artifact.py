@@ -38,7 +38,7 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_artifact_equals_the_eager_model(tmp_path: Path, dtype: Any, members: int) -> None:
     """Every static check on the TorchScript form, with calls of many shapes among them."""
     path = students.artifact(tmp_path, members=members, dtype=dtype)
-    loaded = load(path)
+    loaded = load(path, kernel="torch")
     claims = Claims.of(loaded.manifest)
     potentials = nn.ModuleList(load_checkpoint(tmp_path / f"member-{seed}")[0] for seed in range(members))
     results = check_model(
@@ -54,7 +54,7 @@ def test_artifact_equals_the_eager_model(tmp_path: Path, dtype: Any, members: in
 @pytest.mark.parametrize("optimized", [False, True])
 def test_module_equals_eager_in_either_executor(student: Path, optimized: bool) -> None:
     """Also in an engine that leaves the profiling executor on: it compiles anew after some calls."""
-    module = load(student).module
+    module = load(student, kernel="torch").module
     eager, _ = load_checkpoint(student.parent / "member-0")
     set_dtype(eager, torch.float64)
     eager.eval()

@@ -224,7 +224,7 @@ from pathlib import Path
 from mlff_engines.artifact import load
 from mlff_engines.errors import StructureError
 from mlff_engines.structure import Structure
-evaluate = load(sys.argv[1]).evaluator(outside="ignore")
+evaluate = load(sys.argv[1], kernel=sys.argv[2]).evaluator(outside="ignore")
 def box(side):
     grid = np.stack(np.meshgrid(*[1.5 * np.arange(side)] * 3), -1).reshape(-1, 3).astype(float)
     return Structure(np.full(side**3, 6), grid, 1.5 * side * np.eye(3), np.ones(3))
@@ -233,7 +233,7 @@ used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesi
 limits = resource.getrlimit(resource.RLIMIT_AS)
 resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, limits[1]))
 try:
-    evaluate(box(14))
+    evaluate(box(14 if sys.argv[2] == "torch" else 20))
 except StructureError as error:
     print(error)
 resource.setrlimit(resource.RLIMIT_AS, limits)
@@ -243,18 +243,25 @@ assert evaluate(box(4)).energy == before  # and it goes on
 
 @pytest.mark.fault("S13")
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc to know the memory in use")
-def test_out_of_memory(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kernel", "least"),
+    [
+        ("torch", 3 * 3 * 64 * 8),  # three layers of 3 x 64 numbers in float64 per edge, kept some times over
+        ("fused", 10 * 8),  # some numbers per edge and, shared by its many edges, some features per atom
+    ],
+)
+def test_out_of_memory(tmp_path: Path, kernel: str, least: int) -> None:
     """For real: a process that may take 256 MiB more."""
     path = students.artifact(tmp_path, features=64, interactions=3)
-    run = subprocess.run([sys.executable, "-c", OUT_OF_MEMORY, str(path)], capture_output=True, text=True)
+    command = [sys.executable, "-c", OUT_OF_MEMORY, str(path), kernel]
+    run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert "out of memory for 2744 atoms with " in run.stdout
+    assert "out of memory for " in run.stdout
     needs = re.search(
         r"with (\d+) edges on cpu: it needs about ([\d.]+) GiB, [\d.]+ GiB are free; .* (\d+) atoms", run.stdout
     )
     assert needs, run.stdout
-    # three layers of 3 x 64 numbers in float64, kept some times over
-    assert 3 * 3 * 64 * 8 < float(needs[2]) * 2**30 / int(needs[1]) < 20 * 3 * 3 * 64 * 8
+    assert least < float(needs[2]) * 2**30 / int(needs[1]) < 20 * least
     assert "Use a smaller box" in run.stdout
 
 

@@ -223,15 +223,22 @@ def save(path: Path, scripted: nn.Module, manifest: Manifest, golden: Sequence[G
     return manifest
 
 
-def recast(path: Path, out: Path, dtype: Dtype) -> None:
-    """Write the artifact at `path` in another dtype: for engines that take its own and no other.
+def recast(path: Path, out: Path, dtype: Dtype | None = None, kernel: Kernel = "torch") -> None:
+    """Write the artifact at `path` in another dtype, or for another kernel: for engines that take a program as it is.
 
     Weights are those of `path`; so a float64 copy of a float32 artifact is that artifact without its rounding.
+
+    Raises:
+        ArtifactError: as `load`.
     """
-    loaded = load(path, dtype=dtype)
-    evaluate = loaded.evaluator(skin=0.0, outside="ignore")
-    golden = [Golden.record(g.name, g.structure, evaluate(g.structure)) for g in loaded.golden]
-    save(out, loaded.module, loaded.manifest.model_copy(update={"dtype": dtype}), golden)
+    loaded = load(path, dtype=dtype, kernel=kernel)
+    dtype = dtype or loaded.manifest.dtype
+    golden = loaded.golden
+    if dtype != loaded.manifest.dtype:
+        evaluate = loaded.evaluator(skin=0.0, outside="ignore")
+        golden = [Golden.record(g.name, g.structure, evaluate(g.structure)) for g in golden]
+    module = loaded.module if isinstance(loaded.module, torch.jit.ScriptModule) else script(loaded.module)
+    save(out, module, loaded.manifest.model_copy(update={"dtype": dtype, "kernel": kernel}), golden)
 
 
 def inspect(path: Path | str) -> Manifest:

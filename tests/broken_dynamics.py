@@ -22,10 +22,10 @@ from mlff_engines.structure import FloatArray, Result, Structure
 from mlff_engines.units import ACCELERATION
 from mlff_engines.validation.builtin import argon_box
 from mlff_engines.validation.core_engine import CoreEngine
-from mlff_engines.validation.dynamics import Options, starting
+from mlff_engines.validation.dynamics.constant_energy import Options, starting
 from mlff_engines.validation.engine import Dynamics, Trajectory, kinetic_energy
 from mlff_engines.validation.result import Claims, Evaluate
-from mlff_engines.validation.systems import crystal
+from mlff_engines.validation.static.systems import crystal
 
 SHORT = Options(law=40, reversal=30, same=30, drift=320)
 

@@ -19,8 +19,8 @@ from mlff_engines.models.registry import build_model, model_config
 from mlff_engines.neighbors import VerletList, neighbor_list
 from mlff_engines.potential import Ensemble, Potential, edge_forces, edge_virial
 from mlff_engines.structure import Result, Structure
-from mlff_engines.validation.neighbor_cases import Search
 from mlff_engines.validation.result import Claims, Evaluate
+from mlff_engines.validation.static.neighbor_cases import Search
 
 ARGON_KRYPTON = LennardJonesConfig(
     sigma={"Ar": 3.4, "Kr": 3.65}, epsilon={"Ar": 0.0103, "Kr": 0.0141}, switch=6.5, cutoff=8.0

@@ -12,7 +12,8 @@ from typing import Any
 
 import broken_dynamics
 import broken_engines
-from mlff_engines.validation import dynamics, lifecycle, result
+from mlff_engines.validation import lifecycle, result
+from mlff_engines.validation.dynamics import constant_energy
 from requirements import REPOSITORY
 
 PAGE = REPOSITORY / "docs" / "conformance.md"
@@ -21,9 +22,9 @@ TEMPLATE = """\
 # The judge
 
 `mlff validate student.pt --engines ase,openmm,lammps -o DIR` runs the checks below on every engine and writes
-`DIR/report.html`. The same from Python: `mlff_engines.validation.run.validate`; on a model or an engine of one's own,
-given as a callable from `Structure` to `Result`: `mlff_engines.validation.conformance.check_model`; on an adapter:
-`mlff_engines.validation.dynamics.check_dynamics` and `mlff_engines.validation.lifecycle.check_adapter`.
+`DIR/report.html`. The same from Python, in `mlff_engines.validation`: `run.validate`; on a model or an engine of one's
+own, given as a callable from `Structure` to `Result`: `static.conformance.check_model`; on an adapter:
+`dynamics.constant_energy.check_dynamics` and `lifecycle.check_adapter`.
 
 A verdict is *pass*, *fail* or *inconclusive*: data that could not have shown a fault are no pass.
 
@@ -89,7 +90,7 @@ def page() -> str:
     return TEMPLATE.format(
         names=result.NAMES,
         static=_checks(result.TOLERANCES),
-        moving=_checks(dynamics.TOLERANCES),
+        moving=_checks(constant_energy.TOLERANCES),
         lifecycle=_checks(lifecycle.TOLERANCES),
         static_bugs="\n".join(
             f"| {name}{_where(bug)} | {bug.caught.replace(' ', ', ')} |" for name, bug in broken_engines.BUGS.items()

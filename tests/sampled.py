@@ -12,8 +12,8 @@ from mlff_engines.models.lj import ARGON
 from mlff_engines.structure import Result, Structure
 from mlff_engines.validation.builtin import ARGON_TEMPERATURE, argon_box
 from mlff_engines.validation.core_engine import CoreEngine
+from mlff_engines.validation.dynamics.replicas import EnsembleOptions
 from mlff_engines.validation.engine import Dynamics, Trajectory
-from mlff_engines.validation.replicas import EnsembleOptions
 
 
 class Named(CoreEngine):

@@ -28,7 +28,7 @@ from mlff_engines.artifact import inspect
 from mlff_engines.files import replacing
 from mlff_engines.structure import NUMBERS, FloatArray, Structure
 from mlff_engines.validation.engine import Dynamics, thermal
-from mlff_engines.validation.observables import Frames, joined, rdf, read_frames
+from mlff_engines.validation.trajectories.observables import Frames, joined, rdf, read_frames
 from mlff_training.data.deepmd import read_deepmd
 
 TEMPERATURE = 298.0  # K, of the experiments

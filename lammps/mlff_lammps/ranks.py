@@ -12,8 +12,8 @@ from mlff_engines.artifact import Dtype
 from mlff_engines.errors import MLFFError
 from mlff_engines.structure import Result, Structure
 from mlff_engines.validation.result import NAMES, CheckResult, Claims, Verdict, Worst
-from mlff_engines.validation.symmetry import replicated
-from mlff_engines.validation.systems import ALL, cluster, crystal
+from mlff_engines.validation.static.symmetry import replicated
+from mlff_engines.validation.static.systems import ALL, cluster, crystal
 
 TOLERANCES: dict[Dtype, float] = {"float64": 1e-8, "float32": 5e-5}
 GRIDS = ((2, "2 1 1"), (2, "1 1 2"), (4, "2 2 1"), (4, "1 1 4"))

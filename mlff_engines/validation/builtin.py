@@ -17,8 +17,8 @@ from mlff_engines.models.registry import build_model
 from mlff_engines.structure import MASSES, NUMBERS, FloatArray, Structure
 from mlff_engines.units import ATOMIC_MASS
 from mlff_engines.validation.result import Claims
-from mlff_engines.validation.symmetry import random_rotation
-from mlff_engines.validation.systems import ALL, TRICLINIC, crystal, joined
+from mlff_engines.validation.static.symmetry import random_rotation
+from mlff_engines.validation.static.systems import ALL, TRICLINIC, crystal, joined
 
 ARGON_DENSITY, ARGON_TEMPERATURE = 1.374, 94.4  # g/cm³, K: Rahman's liquid, Phys. Rev. 136, A405 (1964)
 WATER_DENSITY, WATER_TEMPERATURE = 0.997, 298.15  # g/cm³, K

@@ -16,8 +16,8 @@ from mlff_engines.errors import MLFFError
 from mlff_engines.structure import FloatArray, Result
 from mlff_engines.validation import result
 from mlff_engines.validation.engine import Dynamics, Engine, MakeEngine, Trajectory
-from mlff_engines.validation.observables import needed
 from mlff_engines.validation.result import NAMES, CheckResult, Curve, Plot, Verdict, Worst
+from mlff_engines.validation.trajectories.observables import needed
 
 # D2, D3: Å, Å/fs and eV per atom. D4: eV, eV/Å, Å, Å/fs. D5: MiB.
 # float32: a sum in another order differs by its rounding, and moves hydrogen by as much as M3 allows for S1
@@ -66,7 +66,7 @@ def check_adapter(
     Args:
         make: engines, as many as the checks need.
         artifact: what they run.
-        start: structure, velocities and time step; see `mlff_engines.validation.dynamics.starting`.
+        start: structure, velocities and time step; see `mlff_engines.validation.dynamics.constant_energy.starting`.
         folder: for engines and trajectories.
         device, dtype: of the engines.
         options: lengths.

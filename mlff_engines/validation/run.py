@@ -32,20 +32,21 @@ from mlff_engines.config import Config
 from mlff_engines.errors import ConfigError, MissingEngineError, suggest
 from mlff_engines.evaluator import Evaluator
 from mlff_engines.files import replacing
-from mlff_engines.validation import dynamics, lifecycle
+from mlff_engines.validation import lifecycle
 from mlff_engines.validation.builtin import System, builtin_systems
-from mlff_engines.validation.conformance import check_model
 from mlff_engines.validation.core_engine import CoreEngine
-from mlff_engines.validation.dynamics import starting
+from mlff_engines.validation.dynamics import constant_energy
+from mlff_engines.validation.dynamics.constant_energy import starting
+from mlff_engines.validation.dynamics.ensembles import check_ensemble
+from mlff_engines.validation.dynamics.replicas import EnsembleOptions, equilibrate
+from mlff_engines.validation.dynamics.stability import StabilityOptions, check_stability
+from mlff_engines.validation.dynamics.temperatures import check_temperatures
 from mlff_engines.validation.engine import Dynamics, Engine
 from mlff_engines.validation.engines import ENGINES, make_engine
-from mlff_engines.validation.ensembles import check_ensemble
-from mlff_engines.validation.parity import reference
-from mlff_engines.validation.replicas import EnsembleOptions, equilibrate
-from mlff_engines.validation.report import Provenance, Report, Section, View, write_report
+from mlff_engines.validation.reports.report import Provenance, Report, Section, View, write_report
 from mlff_engines.validation.result import STATIC, CheckResult, Claims, Evaluate
-from mlff_engines.validation.stability import StabilityOptions, check_stability
-from mlff_engines.validation.temperatures import check_temperatures
+from mlff_engines.validation.static.conformance import check_model
+from mlff_engines.validation.static.parity import reference
 
 Mode = Literal["quick", "full"]
 MOVING: dict[Mode, tuple[str, ...]] = {
@@ -266,10 +267,10 @@ def _own(session: _Session, name: str, code: str) -> list[CheckResult]:
 def _moving(session: _Session, name: str, system: System, code: str) -> list[CheckResult]:
     start, folder = session.start(system), session.folder / "trajectories" / system.name / name
     folder.mkdir(parents=True, exist_ok=True)
-    if code in dynamics.TOLERANCES:
+    if code in constant_energy.TOLERANCES:
         # laws that rounding would hide are tried in float64; drift is what the user's own precision makes of it
         engine = session.engine(name, exact=code != "M4")
-        return dynamics.check_dynamics(engine, session.core, start, folder, only=[code])
+        return constant_energy.check_dynamics(engine, session.core, start, folder, only=[code])
     if code in lifecycle.TOLERANCES:
         return lifecycle.check_adapter(
             partial(make_engine, name), session.path, start, folder, device=session.device, only=[code]

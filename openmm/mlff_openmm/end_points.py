@@ -15,7 +15,7 @@ from mlff_engines.artifact import Dtype
 from mlff_engines.errors import MLFFError
 from mlff_engines.structure import FloatArray, Result, Structure
 from mlff_engines.validation.result import NAMES, CheckResult, Claims, Evaluate, Verdict, Worst
-from mlff_engines.validation.systems import cluster, taken
+from mlff_engines.validation.static.systems import cluster, taken
 from mlff_openmm.engine import FORCE, KJ_PER_MOL, NM
 
 # eV per atom and eV/Å; OpenMM-ML's interpolation of PME alone is off by 4e-10
@@ -34,7 +34,7 @@ def check_end_points(
 
     Args:
         artifact: the student.
-        reference: the eager model, see `mlff_engines.validation.parity.reference`.
+        reference: the eager model, see `mlff_engines.validation.static.parity.reference`.
         claims: what the model says of itself.
         dtype: of the network.
         options: more of `MLFFForce`.

@@ -12,12 +12,12 @@ import decks
 import students
 from mlff_engines.artifact import load
 from mlff_engines.structure import Result, Structure
-from mlff_engines.validation.conformance import check_model
 from mlff_engines.validation.core_engine import CoreEngine
-from mlff_engines.validation.dynamics import Options, check_dynamics, starting
-from mlff_engines.validation.parity import reference
+from mlff_engines.validation.dynamics.constant_energy import Options, check_dynamics, starting
 from mlff_engines.validation.result import Claims
-from mlff_engines.validation.systems import crystal
+from mlff_engines.validation.static.conformance import check_model
+from mlff_engines.validation.static.parity import reference
+from mlff_engines.validation.static.systems import crystal
 from mlff_lammps.engine import LAMMPSEngine
 from mlff_lammps.ranks import check_ranks
 from requirements import require_engine

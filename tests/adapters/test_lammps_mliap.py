@@ -21,11 +21,11 @@ from mlff_engines.checkpoint import Domain, load_checkpoint
 from mlff_engines.errors import ArtifactError, SimulationError, StructureError
 from mlff_engines.evaluator import Evaluator
 from mlff_engines.structure import Result, Structure
-from mlff_engines.validation.conformance import check_model
 from mlff_engines.validation.core_engine import CoreEngine
 from mlff_engines.validation.engine import Dynamics, thermal
-from mlff_engines.validation.parity import reference
 from mlff_engines.validation.result import Claims, Evaluate
+from mlff_engines.validation.static.conformance import check_model
+from mlff_engines.validation.static.parity import reference
 from mlff_lammps.engine import LAMMPSMLIAPEngine
 from mlff_lammps.mliap import write_mliap
 

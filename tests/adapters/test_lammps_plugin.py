@@ -19,9 +19,9 @@ from mlff_engines.export import export
 from mlff_engines.graph import make_graph
 from mlff_engines.neighbors import neighbor_list
 from mlff_engines.structure import FloatArray, Result, Structure
-from mlff_engines.validation.parity import reference
 from mlff_engines.validation.result import Evaluate, deviation
-from mlff_engines.validation.systems import cluster, crystal
+from mlff_engines.validation.static.parity import reference
+from mlff_engines.validation.static.systems import cluster, crystal
 from requirements import require_engine
 
 require_engine("lammps")

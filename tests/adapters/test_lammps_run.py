@@ -17,7 +17,7 @@ import students
 from lammps_runs import crystal, deck, write_structure
 from mlff_engines.checkpoint import load_checkpoint
 from mlff_engines.errors import ConfigError
-from mlff_engines.validation.parity import reference
+from mlff_engines.validation.static.parity import reference
 from mlff_lammps import build
 from mlff_lammps.commands import lammps
 from mlff_lammps.mliap import write_mliap

@@ -14,12 +14,12 @@ from mlff_engines.checkpoint import load_checkpoint
 from mlff_engines.errors import SimulationError, StructureError
 from mlff_engines.structure import Structure
 from mlff_engines.units import BOLTZMANN
-from mlff_engines.validation.conformance import check_model
 from mlff_engines.validation.core_engine import CoreEngine
 from mlff_engines.validation.engine import Dynamics, kinetic_energy, thermal
-from mlff_engines.validation.parity import check_parity, reference
 from mlff_engines.validation.result import STATIC, Claims
-from mlff_engines.validation.systems import cluster, crystal, systems
+from mlff_engines.validation.static.conformance import check_model
+from mlff_engines.validation.static.parity import check_parity, reference
+from mlff_engines.validation.static.systems import cluster, crystal, systems
 from requirements import require_engine
 
 require_engine("openmm")

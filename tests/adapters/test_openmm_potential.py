@@ -19,8 +19,8 @@ from mlff_engines.export import export
 from mlff_engines.models.registry import build_model, model_config
 from mlff_engines.structure import Result, Structure
 from mlff_engines.units import ENERGY
-from mlff_engines.validation.parity import reference
 from mlff_engines.validation.result import Claims
+from mlff_engines.validation.static.parity import reference
 from requirements import REPOSITORY, require_engine
 
 require_engine("openmm")

@@ -20,10 +20,10 @@ from mlff_engines.checkpoint import load_checkpoint, set_dtype
 from mlff_engines.errors import ArtifactError, StructureError
 from mlff_engines.graph import make_graph
 from mlff_engines.neighbors import neighbor_list
-from mlff_engines.validation.conformance import check_model
-from mlff_engines.validation.parity import reference
 from mlff_engines.validation.result import Claims
-from mlff_engines.validation.systems import cluster
+from mlff_engines.validation.static.conformance import check_model
+from mlff_engines.validation.static.parity import reference
+from mlff_engines.validation.static.systems import cluster
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from mlff_engines.errors import ArtifactError, ConfigError
 from mlff_engines.models.registry import build_model, model_config
 from mlff_engines.structure import Structure
 from mlff_engines.validation.result import Claims
-from mlff_engines.validation.systems import crystal
+from mlff_engines.validation.static.systems import crystal
 from students import E0, checkpoint
 
 

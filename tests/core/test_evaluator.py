@@ -22,8 +22,8 @@ from mlff_engines.errors import ExtrapolationWarning, StructureError
 from mlff_engines.evaluator import Evaluator
 from mlff_engines.graph import Graph
 from mlff_engines.structure import Structure
-from mlff_engines.validation.parity import reference
-from mlff_engines.validation.systems import cluster, crystal, isolated
+from mlff_engines.validation.static.parity import reference
+from mlff_engines.validation.static.systems import cluster, crystal, isolated
 
 NEAR = {"C-H": 1.0, "H-H": 1.5, "H-O": 0.9}
 

@@ -16,8 +16,8 @@ from mlff_engines.checkpoint import Domain, load_checkpoint, save_checkpoint
 from mlff_engines.errors import ArtifactError
 from mlff_engines.export import export, synthetic
 from mlff_engines.models.registry import build_model, model_config
-from mlff_engines.validation.parity import reference
-from mlff_engines.validation.systems import cluster, crystal
+from mlff_engines.validation.static.parity import reference
+from mlff_engines.validation.static.systems import cluster, crystal
 from students import E0, checkpoint
 
 

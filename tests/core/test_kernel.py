@@ -20,10 +20,10 @@ from mlff_engines.kernels.painn import FusedPaiNN
 from mlff_engines.neighbors import neighbor_list
 from mlff_engines.potential import Ensemble, Potential
 from mlff_engines.structure import Structure
-from mlff_engines.validation.conformance import check_model
-from mlff_engines.validation.parity import reference
 from mlff_engines.validation.result import STATIC
-from mlff_engines.validation.systems import cluster, crystal
+from mlff_engines.validation.static.conformance import check_model
+from mlff_engines.validation.static.parity import reference
+from mlff_engines.validation.static.systems import cluster, crystal
 from requirements import require_compiler
 
 require_compiler()

@@ -22,10 +22,10 @@ from mlff_engines.errors import ArtifactError, MissingEngineError
 from mlff_engines.export import export
 from mlff_engines.models.registry import build_model
 from mlff_engines.potential import Ensemble, Potential
-from mlff_engines.validation.conformance import check_model
-from mlff_engines.validation.parity import reference
 from mlff_engines.validation.result import STATIC, Claims
-from mlff_engines.validation.systems import cluster
+from mlff_engines.validation.static.conformance import check_model
+from mlff_engines.validation.static.parity import reference
+from mlff_engines.validation.static.systems import cluster
 from requirements import require_compiler
 
 require_compiler()

@@ -9,7 +9,7 @@ import pytest
 
 from mlff_engines.neighbors import VerletList, neighbor_list, neighbor_list_reference
 from mlff_engines.structure import Structure
-from mlff_engines.validation.neighbor_cases import wrong_edges
+from mlff_engines.validation.static.neighbor_cases import wrong_edges
 
 
 def random_cell(rng: np.random.Generator, size: float) -> np.ndarray:

@@ -17,7 +17,7 @@ from mlff_engines.models.registry import build_model, model_config
 from mlff_engines.neighbors import neighbor_list
 from mlff_engines.potential import Ensemble, Potential, edge_forces, edge_virial, stress_of
 from mlff_engines.structure import Structure
-from mlff_engines.validation.systems import cluster, crystal, isolated
+from mlff_engines.validation.static.systems import cluster, crystal, isolated
 
 
 def graph_of(structure: Structure, cutoff: float = ORGANIC.cutoff, **more: Any) -> Graph:

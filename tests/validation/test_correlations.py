@@ -12,15 +12,15 @@ from mlff_engines.errors import DataError
 from mlff_engines.structure import MASSES, FloatArray, Result, Structure
 from mlff_engines.units import ACCELERATION, BOLTZMANN
 from mlff_engines.validation.core_engine import CoreEngine
-from mlff_engines.validation.correlations import (
+from mlff_engines.validation.engine import Dynamics, thermal
+from mlff_engines.validation.trajectories.correlations import (
     diffusion,
     mean_square_displacement,
     unwrapped,
     velocity_autocorrelation,
     vibrational_spectrum,
 )
-from mlff_engines.validation.engine import Dynamics, thermal
-from mlff_engines.validation.observables import Frames
+from mlff_engines.validation.trajectories.observables import Frames
 
 PERIODIC = np.ones(3, dtype=bool)
 CELL = np.array([[3.2, 1.1, 0.4], [0.5, 3.9, -0.8], [-1.0, 1.3, 4.1]])

@@ -18,7 +18,7 @@ from mlff_engines.structure import Result, Structure
 from mlff_engines.units import ACCELERATION
 from mlff_engines.validation.builtin import argon_artifact, argon_box
 from mlff_engines.validation.core_engine import CoreEngine
-from mlff_engines.validation.dynamics import (
+from mlff_engines.validation.dynamics.constant_energy import (
     TOLERANCES,
     Options,
     check_dynamics,

@@ -18,8 +18,13 @@ from mlff_engines.models.registry import build_model
 from mlff_engines.potential import Potential
 from mlff_engines.validation.builtin import argon_box
 from mlff_engines.validation.core_engine import CoreEngine
-from mlff_engines.validation.ensembles import compare_ensembles
-from mlff_engines.validation.replicas import EnsembleOptions, equilibrate, mean_square_frequencies, run_replicas
+from mlff_engines.validation.dynamics.ensembles import compare_ensembles
+from mlff_engines.validation.dynamics.replicas import (
+    EnsembleOptions,
+    equilibrate,
+    mean_square_frequencies,
+    run_replicas,
+)
 from mlff_engines.validation.result import CheckResult
 from sampled import LIQUID, OPTIONS, Named, argon, first
 

@@ -16,7 +16,7 @@ from mlff_engines.neighbors import VerletList
 from mlff_engines.structure import FloatArray, Result, Structure
 from mlff_engines.validation.builtin import argon_artifact, argon_box
 from mlff_engines.validation.core_engine import CoreEngine
-from mlff_engines.validation.dynamics import starting
+from mlff_engines.validation.dynamics.constant_energy import starting
 from mlff_engines.validation.engine import Dynamics, Trajectory
 from mlff_engines.validation.lifecycle import TOLERANCES, Options, check_adapter
 from mlff_engines.validation.result import NAMES, CheckResult

@@ -14,9 +14,9 @@ import pytest
 import students
 from mlff_engines.errors import ConfigError, DataError, StructureError
 from mlff_engines.structure import FloatArray, Structure
-from mlff_engines.validation import observables
 from mlff_engines.validation.engine import Dynamics, thermal
-from mlff_engines.validation.observables import (
+from mlff_engines.validation.trajectories import observables
+from mlff_engines.validation.trajectories.observables import (
     Frames,
     distribution,
     internal_coordinates,

@@ -14,10 +14,10 @@ from mlff_engines.structure import Result, Structure
 from mlff_engines.units import ACCELERATION
 from mlff_engines.validation.builtin import argon_artifact
 from mlff_engines.validation.core_engine import CoreEngine
+from mlff_engines.validation.dynamics.ensembles import check_ensemble
+from mlff_engines.validation.dynamics.replicas import EnsembleOptions, mean_square_frequencies, run_replicas
+from mlff_engines.validation.dynamics.temperatures import check_temperatures
 from mlff_engines.validation.engine import Dynamics, Trajectory
-from mlff_engines.validation.ensembles import check_ensemble
-from mlff_engines.validation.replicas import EnsembleOptions, mean_square_frequencies, run_replicas
-from mlff_engines.validation.temperatures import check_temperatures
 from sampled import BRIEF, CHOICE, LIQUID, Named, argon, molecules
 
 

@@ -15,11 +15,11 @@ import pytest
 
 from mlff_engines.errors import ConfigError, DataError
 from mlff_engines.structure import Structure
-from mlff_engines.validation import observables
-from mlff_engines.validation.figures import band, svg
-from mlff_engines.validation.page import ADVICE, number, page, share
-from mlff_engines.validation.report import Provenance, Report, Section, View, overall, read_report, write_report
+from mlff_engines.validation.reports.figures import band, svg
+from mlff_engines.validation.reports.page import ADVICE, number, page, share
+from mlff_engines.validation.reports.report import Provenance, Report, Section, View, overall, read_report, write_report
 from mlff_engines.validation.result import NAMES, CheckResult, Curve, Plot, Verdict
+from mlff_engines.validation.trajectories import observables
 
 WATER = Structure(
     np.array([8, 1, 1]), np.array([[0.0, 0, 0], [0.96, 0, 0], [-0.24, 0.93, 0]]), 5.0 * np.eye(3), [True, True, False]
@@ -345,6 +345,6 @@ def test_without_the_extra_the_figures_are_kept(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_licence_of_the_viewer_ships_beside_it(repository: Path) -> None:
-    folder = repository / "mlff_engines" / "validation" / "templates"
+    folder = repository / "mlff_engines" / "validation" / "reports" / "templates"
     assert "BSD-3-Clause" in (folder / "3Dmol-LICENSE.txt").read_text()
     assert (folder / "3Dmol-min.js").stat().st_size > 400_000

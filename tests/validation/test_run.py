@@ -18,7 +18,7 @@ from mlff_engines.errors import ConfigError, StructureError
 from mlff_engines.structure import Structure
 from mlff_engines.validation import engines
 from mlff_engines.validation.builtin import System, argon_artifact
-from mlff_engines.validation.report import Report, read_report
+from mlff_engines.validation.reports.report import Report, read_report
 from mlff_engines.validation.result import STATIC, CheckResult
 from mlff_engines.validation.run import validate
 from requirements import require_engine

@@ -15,8 +15,8 @@ from mlff_engines.errors import ConfigError, SimulationError, StructureError
 from mlff_engines.structure import FloatArray, Result, Structure
 from mlff_engines.units import ACCELERATION
 from mlff_engines.validation.core_engine import CoreEngine
+from mlff_engines.validation.dynamics.stability import StabilityOptions, Watch, check_stability
 from mlff_engines.validation.engine import Dynamics, Trajectory
-from mlff_engines.validation.stability import StabilityOptions, Watch, check_stability
 from requirements import require_engine
 
 WATER = Structure(np.array([8, 1, 1]), np.array([[0.0, 0, 0], [0.757, 0.586, 0], [-0.757, 0.586, 0]]))

@@ -17,12 +17,12 @@ from mlff_engines.graph import collate, make_graph
 from mlff_engines.neighbors import neighbor_list
 from mlff_engines.potential import Potential, edge_forces
 from mlff_engines.structure import Structure
-from mlff_engines.validation.conformance import check_model
-from mlff_engines.validation.derivatives import check_forces, derivative, richardson
-from mlff_engines.validation.neighbor_cases import check_neighbors
-from mlff_engines.validation.parity import check_parity, reference
 from mlff_engines.validation.result import STATIC, TOLERANCES, CheckResult, Claims, Worst
-from mlff_engines.validation.systems import cluster, crystal, systems
+from mlff_engines.validation.static.conformance import check_model
+from mlff_engines.validation.static.derivatives import check_forces, derivative, richardson
+from mlff_engines.validation.static.neighbor_cases import check_neighbors
+from mlff_engines.validation.static.parity import check_parity, reference
+from mlff_engines.validation.static.systems import cluster, crystal, systems
 
 
 def failed(results: list[CheckResult]) -> list[CheckResult]:

@@ -10,8 +10,8 @@ import pytest
 from scipy import stats
 from scipy.signal import lfilter
 
-from mlff_engines.validation import statistics
-from mlff_engines.validation.statistics import (
+from mlff_engines.validation.dynamics import statistics
+from mlff_engines.validation.dynamics.statistics import (
     Difference,
     autocorrelation_time,
     block_count,
@@ -43,7 +43,7 @@ def test_autocorrelation_time_is_the_known_one(tau: float) -> None:
 
 
 def test_autocorrelation_time_is_that_of_pymbar() -> None:
-    from mlff_engines.validation.temperatures import _physical_validation
+    from mlff_engines.validation.dynamics.temperatures import _physical_validation
 
     _physical_validation()  # silences its advice
     from pymbar.timeseries import statistical_inefficiency_multiple

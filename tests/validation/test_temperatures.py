@@ -12,11 +12,11 @@ import pytest
 
 from mlff_engines.errors import ConfigError
 from mlff_engines.validation.core_engine import CoreEngine
+from mlff_engines.validation.dynamics.ensembles import compare_ensembles
+from mlff_engines.validation.dynamics.replicas import mean_square_frequencies, run_replicas
+from mlff_engines.validation.dynamics.temperatures import compare_temperatures, second_temperature
 from mlff_engines.validation.engine import Trajectory, kinetic_energy
-from mlff_engines.validation.ensembles import compare_ensembles
-from mlff_engines.validation.replicas import mean_square_frequencies, run_replicas
 from mlff_engines.validation.result import CheckResult
-from mlff_engines.validation.temperatures import compare_temperatures, second_temperature
 from sampled import CHOICE, MOLECULES, VAPOUR, Named, molecules
 
 

@@ -23,7 +23,7 @@ from mlff_engines.evaluator import Evaluator
 from mlff_engines.files import replacing
 from mlff_engines.structure import FloatArray
 from mlff_engines.validation.core_engine import CoreEngine
-from mlff_engines.validation.dynamics import Options, check_dynamics
+from mlff_engines.validation.dynamics.constant_energy import Options, check_dynamics
 from mlff_engines.validation.engine import Dynamics as EngineDynamics
 from mlff_engines.validation.engine import Engine, Trajectory, thermal
 from mlff_engines.validation.engines import make_engine

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from mlff_engines.structure import BoolArray, FloatArray
-from mlff_engines.validation.observables import needed
 from mlff_engines.validation.result import Curve, Plot
+from mlff_engines.validation.trajectories.observables import needed
 
 # told apart without colour vision, and by their dashes: Wong, Nature Methods 8, 441 (2011)
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")

@@ -9,8 +9,8 @@ import numpy as np
 
 from mlff_engines.structure import FloatArray, Result, Structure
 from mlff_engines.validation.result import CheckResult, Claims, Evaluate, Worst
-from mlff_engines.validation.symmetry import added
-from mlff_engines.validation.systems import cluster, isolated, joined
+from mlff_engines.validation.static.symmetry import added
+from mlff_engines.validation.static.systems import cluster, isolated, joined
 
 STEP = {"float64": 1e-6, "float32": 1e-5}  # Å; on the scale of the cutoff float32 resolves 5e-7 Å
 

@@ -19,17 +19,14 @@ import numpy as np
 from mlff_engines.errors import ConfigError, MLFFError
 from mlff_engines.structure import SYMBOLS, FloatArray, IntArray, Structure
 from mlff_engines.units import BOLTZMANN, GPA
-from mlff_engines.validation.engine import Dynamics, Engine, Trajectory
-from mlff_engines.validation.observables import Frames, internal_coordinates, rdf, standard
-from mlff_engines.validation.replicas import (
+from mlff_engines.validation.dynamics.replicas import (
     EnsembleOptions,
     equilibrate,
     mean_square_frequencies,
     run_replicas,
     temperature_of,
 )
-from mlff_engines.validation.result import NAMES, CheckResult, Curve, Plot, Verdict
-from mlff_engines.validation.statistics import (
+from mlff_engines.validation.dynamics.statistics import (
     LEAST_BLOCKS,
     LEAST_REPLICAS,
     LEAST_SAMPLES,
@@ -44,6 +41,9 @@ from mlff_engines.validation.statistics import (
     effective_samples,
     equilibrated,
 )
+from mlff_engines.validation.engine import Dynamics, Engine, Trajectory
+from mlff_engines.validation.result import NAMES, CheckResult, Curve, Plot, Verdict
+from mlff_engines.validation.trajectories.observables import Frames, internal_coordinates, rdf, standard
 
 WIDEST = 10.0  # Å
 POTENTIAL, KINETIC, PRESSURE = "potential energy", "kinetic energy", "pressure"

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mlff_engines import __version__
-from mlff_engines.validation.figures import svg
-from mlff_engines.validation.observables import needed
-from mlff_engines.validation.report import Report, Section, overall
+from mlff_engines.validation.reports.figures import svg
+from mlff_engines.validation.reports.report import Report, Section, overall
 from mlff_engines.validation.result import NAMES, CheckResult, Verdict
+from mlff_engines.validation.trajectories.observables import needed
 
 # sign and words: colour alone tells nothing to one reader in twenty
 WORDS: dict[Verdict | None, tuple[str, str]] = {

@@ -16,7 +16,7 @@ from mlff_engines.neighbors import neighbor_list_reference
 from mlff_engines.potential import Potential
 from mlff_engines.structure import FloatArray, Result, Structure
 from mlff_engines.validation.result import CheckResult, Claims, Curve, Evaluate, Plot, Worst, deviation
-from mlff_engines.validation.systems import cluster
+from mlff_engines.validation.static.systems import cluster
 
 # as compared: above 1, relative to the largest force or virial
 UNITS = {"energy": "eV/atom", "energies": "eV", "forces": "eV/Å", "virial": "eV/atom"}

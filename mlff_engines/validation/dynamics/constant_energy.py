@@ -14,8 +14,8 @@ from mlff_engines.structure import MASSES, FloatArray, Structure
 from mlff_engines.units import ACCELERATION
 from mlff_engines.validation import result
 from mlff_engines.validation.engine import Dynamics, Engine, Trajectory, thermal
-from mlff_engines.validation.observables import needed
 from mlff_engines.validation.result import NAMES, ROUNDING, CheckResult, Curve, Evaluate, Plot, Verdict
+from mlff_engines.validation.trajectories.observables import needed
 
 # M1: of the ratio, whose right value is 4. M2, M3: Å (for M3 also eV per atom). M4: meV/atom/ps.
 # float32 in M2 and M3: forces off by S1's 5e-5 eV/Å carry a hydrogen atom about 1e-3 Å away within these steps.

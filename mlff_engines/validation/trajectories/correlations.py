@@ -8,7 +8,7 @@ import numpy as np
 
 from mlff_engines.errors import DataError
 from mlff_engines.structure import SYMBOLS, FloatArray
-from mlff_engines.validation.observables import Frames, needed
+from mlff_engines.validation.trajectories.observables import Frames, needed
 
 FIT = (0.1, 0.5)  # of the longest lag: later ones have too few origins, earlier ones are not diffusive
 SI = 1e-5  # m²/s in 1 Å²/fs

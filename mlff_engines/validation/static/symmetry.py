@@ -10,7 +10,7 @@ import numpy as np
 
 from mlff_engines.structure import FloatArray, IntArray, Result, Structure
 from mlff_engines.validation.result import CheckResult, Claims, Evaluate, Worst
-from mlff_engines.validation.systems import ALL, cluster, crystal, joined, taken
+from mlff_engines.validation.static.systems import ALL, cluster, crystal, joined, taken
 
 
 def check_symmetry(evaluate: Evaluate, claims: Claims, structures: Mapping[str, Structure]) -> CheckResult:

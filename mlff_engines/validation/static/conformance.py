@@ -9,13 +9,13 @@ import numpy as np
 from mlff_engines.errors import MLFFError
 from mlff_engines.neighbors import neighbor_list
 from mlff_engines.structure import Structure
-from mlff_engines.validation.derivatives import check_forces, check_virial
-from mlff_engines.validation.locality import check_cutoff, check_separation
-from mlff_engines.validation.neighbor_cases import Search, check_neighbors
-from mlff_engines.validation.parity import check_calls, check_parity
 from mlff_engines.validation.result import NAMES, STATIC, TOLERANCES, CheckResult, Claims, Evaluate
-from mlff_engines.validation.symmetry import check_descriptions, check_elements, check_symmetry
-from mlff_engines.validation.systems import systems
+from mlff_engines.validation.static.derivatives import check_forces, check_virial
+from mlff_engines.validation.static.locality import check_cutoff, check_separation
+from mlff_engines.validation.static.neighbor_cases import Search, check_neighbors
+from mlff_engines.validation.static.parity import check_calls, check_parity
+from mlff_engines.validation.static.symmetry import check_descriptions, check_elements, check_symmetry
+from mlff_engines.validation.static.systems import systems
 
 FEW = 100  # atoms
 
@@ -35,7 +35,7 @@ def check_model(
     Args:
         evaluate: the engine.
         claims: what its model says of itself.
-        reference: the eager model, see `mlff_engines.validation.parity.reference`; without it S1 and S2 are left out.
+        reference: the eager model, see `static.parity.reference`; without it S1 and S2 are left out.
         upcast: a float32 model run in float64, for the finite differences; without it S3 is left out and S4 is rough.
         search: the neighbour search that the engine uses.
         structures: more structures to try, beside those made from the claims; those of more than `FEW` atoms in S1

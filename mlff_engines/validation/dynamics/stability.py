@@ -21,8 +21,8 @@ from mlff_engines.neighbors import neighbor_list
 from mlff_engines.structure import NUMBERS, SYMBOLS, BoolArray, FloatArray, IntArray, Structure
 from mlff_engines.units import ACCELERATION, BOLTZMANN
 from mlff_engines.validation.engine import Dynamics, Engine, Trajectory, thermal
-from mlff_engines.validation.observables import needed, topology
 from mlff_engines.validation.result import NAMES, CheckResult, Curve, Plot, Verdict
+from mlff_engines.validation.trajectories.observables import needed, topology
 
 CONFIDENCE = 0.95
 GOOD = 0.5  # of the way to a limit: a frame to start again from

@@ -22,17 +22,14 @@ import numpy as np
 from mlff_engines.errors import MLFFError, StructureError
 from mlff_engines.structure import SYMBOLS, FloatArray, IntArray, Structure
 from mlff_engines.units import ACCELERATION, BOLTZMANN
-from mlff_engines.validation.engine import Dynamics, Engine, Trajectory
-from mlff_engines.validation.observables import needed, topology
-from mlff_engines.validation.replicas import (
+from mlff_engines.validation.dynamics.replicas import (
     EnsembleOptions,
     equilibrate,
     mean_square_frequencies,
     run_replicas,
     temperature_of,
 )
-from mlff_engines.validation.result import NAMES, CheckResult, Curve, Plot, Verdict
-from mlff_engines.validation.statistics import (
+from mlff_engines.validation.dynamics.statistics import (
     LEAST_REPLICAS,
     LEAST_SAMPLES,
     Difference,
@@ -40,6 +37,9 @@ from mlff_engines.validation.statistics import (
     critical,
     equilibrated,
 )
+from mlff_engines.validation.engine import Dynamics, Engine, Trajectory
+from mlff_engines.validation.result import NAMES, CheckResult, Curve, Plot, Verdict
+from mlff_engines.validation.trajectories.observables import needed, topology
 
 DECORRELATION = 4.0  # relaxation times between samples taken as independent: e^-4 of the correlation is left
 COORDINATES = 300_000  # frames x atoms that equipartition is calculated for: a loop in Python

@@ -178,7 +178,7 @@ def write_report(report: Report, folder: Path) -> tuple[Path, Path]:
     Raises:
         ConfigError: matplotlib or jinja2 is not installed; `report.json` is written even so.
     """
-    from mlff_engines.validation.page import page
+    from mlff_engines.validation.reports.page import page
 
     paths = folder / "report.json", folder / "report.html"
     with replacing(paths[0]) as temporary:

@@ -23,8 +23,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from mlff_engines.structure import BoolArray, FloatArray
-from mlff_engines.validation.observables import needed
 from mlff_engines.validation.result import Verdict
+from mlff_engines.validation.trajectories.observables import needed
 
 SIGMA = 3.0  # a right model fails as rarely as a normal variable lies further out, in any test of one check
 CONFIDENCE = 2.0  # standard errors that must fit between a difference and the margin

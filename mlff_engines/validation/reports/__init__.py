@@ -1,0 +1,1 @@
+"""The answer of a validation, for machines and for people."""

@@ -1,0 +1,1 @@
+"""What trajectories show, whoever wrote them."""

@@ -14,7 +14,7 @@ from mlff_engines.checkpoint import Domain
 from mlff_engines.errors import ExtrapolationWarning, StructureError, suggest
 from mlff_engines.graph import Graph, make_graph
 from mlff_engines.neighbors import VerletList
-from mlff_engines.potential import edge_forces, edge_virial
+from mlff_engines.potential import edge_forces
 from mlff_engines.structure import MAX_ATOMIC_NUMBER, NUMBERS, SYMBOLS, FloatArray, IntArray, Result, Structure
 
 COINCIDENT = 1e-3  # Å; closer atoms are a mistake in the structure, not physics
@@ -64,6 +64,9 @@ class Evaluator:
             a, b = (NUMBERS[symbol] for symbol in pair.split("-"))
             self._min_square[a, b] = self._min_square[b, a] = distance**2
         self._warned: set[str] = set()
+        self._numbers: IntArray | None = None  # of the last structure, as are the two below
+        self._state = (0.0, 0.0)
+        self._atoms: Graph = {}
 
     def __call__(self, structure: Structure) -> Result:
         """Energies, forces and virial of `structure`.
@@ -72,19 +75,28 @@ class Evaluator:
             StructureError: unknown element, coincident atoms, unsupported charge or spin, out of memory, or (with
                 outside="error") a distance, charge or spin outside the trained range.
         """
-        self.check_composition(structure)
+        atoms = self._composition(structure)
         index, edge_vec = self.neighbors.update(structure)
         self._check_distances(structure, index, edge_vec)
         edge_index = torch.from_numpy(index).to(self.device)
         vectors = torch.from_numpy(edge_vec).to(self.device)
-        graph = make_graph(
-            numbers=torch.from_numpy(structure.numbers).to(self.device),
-            edge_index=edge_index,
-            edge_vec=vectors.to(self.dtype),
-            charge=torch.tensor([structure.charge], dtype=self.dtype, device=self.device),
-            spin=torch.tensor([structure.spin], dtype=self.dtype, device=self.device),
-        )
+        graph = {**atoms, "edge_index": edge_index, "edge_vec": vectors.to(self.dtype)}
         return self._result(structure, edge_index, vectors, self._run(graph))
+
+    def _composition(self, structure: Structure) -> Graph:
+        """All of the graph but the edges; checked and made when it changes, not at every step."""
+        numbers, charge, spin = self._numbers, structure.charge, structure.spin
+        if (charge, spin) != self._state or numbers is None or not np.array_equal(numbers, structure.numbers):
+            self.check_composition(structure)
+            self._atoms = make_graph(
+                numbers=torch.from_numpy(structure.numbers.copy()).to(self.device),
+                edge_index=torch.empty((2, 0), dtype=torch.int64, device=self.device),
+                edge_vec=torch.empty((0, 3), dtype=self.dtype, device=self.device),
+                charge=torch.tensor([charge], dtype=self.dtype, device=self.device),
+                spin=torch.tensor([spin], dtype=self.dtype, device=self.device),
+            )
+            self._numbers, self._state = structure.numbers.copy(), (charge, spin)
+        return self._atoms
 
     def _run(self, graph: Graph) -> Graph:
         try:
@@ -117,7 +129,8 @@ class Evaluator:
         # summed in float64, so that forces add up to zero whatever the model's precision
         gradient = out["edge_gradient"].double()
         forces = edge_forces(edge_index, gradient, len(structure)).cpu().numpy()
-        virial = edge_virial(vectors, gradient, torch.zeros_like(edge_index[0]), 1)[0].cpu().numpy()
+        virial = -(vectors.T @ gradient).cpu().numpy()
+        virial = 0.5 * (virial + virial.T)
         energies = out["node_energy"].cpu().numpy()
         bad = np.flatnonzero(~(np.isfinite(forces).all(axis=1) & np.isfinite(energies)))
         if len(bad):

@@ -81,8 +81,8 @@ class VerletList:
             self.builds += 1
         offset = self._shift @ structure.cell if structure.pbc.any() else None
         vectors = _edge_vectors(structure.positions, self._edge_index, offset)
-        close = np.einsum("ej,ej->e", vectors, vectors) < self.cutoff**2
-        return self._edge_index[:, close], vectors[close]
+        close = np.flatnonzero(np.einsum("ej,ej->e", vectors, vectors) < self.cutoff**2)
+        return self._edge_index.take(close, axis=1), vectors.take(close, axis=0)
 
     def _holds(self, structure: Structure) -> bool:
         old = self._reference
@@ -115,8 +115,12 @@ def _search(positions: FloatArray, cell: FloatArray, pbc: BoolArray, cutoff: flo
 
 
 def _edge_vectors(positions: FloatArray, edge_index: IntArray, offset: FloatArray | None) -> FloatArray:
-    vec: FloatArray = positions[edge_index[1]] - positions[edge_index[0]]
-    return vec if offset is None else vec + offset
+    # take: several times faster than an index in brackets
+    vectors: FloatArray = positions.take(edge_index[1], axis=0)
+    vectors -= positions.take(edge_index[0], axis=0)
+    if offset is not None:
+        vectors += offset
+    return vectors
 
 
 def _complete_cell(cell: FloatArray, pbc: BoolArray) -> FloatArray:

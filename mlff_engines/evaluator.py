@@ -63,6 +63,7 @@ class Evaluator:
         for pair, distance in domain.min_distances.items():
             a, b = (NUMBERS[symbol] for symbol in pair.split("-"))
             self._min_square[a, b] = self._min_square[b, a] = distance**2
+        self._largest_min_square = max(float(self._min_square.max()), COINCIDENT**2)
         self._warned: set[str] = set()
         self._numbers: IntArray | None = None  # of the last structure, as are the two below
         self._state = (0.0, 0.0)
@@ -177,12 +178,11 @@ class Evaluator:
         self._report_outside(name, f"{name} {value:g} was not in the training data ({allowed})")
 
     def _check_distances(self, structure: Structure, edge_index: IntArray, edge_vec: FloatArray) -> None:
-        square, trained = (
-            np.einsum("ej,ej->e", edge_vec, edge_vec),
-            self._min_square[tuple(structure.numbers[edge_index])],
-        )
-        close = square < trained
-        if not close.any() and square.min(initial=np.inf) > COINCIDENT**2:
+        square = np.einsum("ej,ej->e", edge_vec, edge_vec)
+        few = np.flatnonzero(square <= self._largest_min_square)  # bonds, mostly
+        edge_index, square = edge_index.take(few, axis=1), square.take(few)
+        trained = self._min_square[structure.numbers[edge_index[0]], structure.numbers[edge_index[1]]]
+        if not ((square < trained) | (square <= COINCIDENT**2)).any():
             return
         worst = int(np.argmin(square - trained))
         i, j = edge_index[:, worst]

@@ -12,16 +12,19 @@ import pytest
 from click.testing import CliRunner
 
 import mlff_engines.validation.run as run
-from mlff_engines.artifact import load
+import students
+from mlff_engines.artifact import Artifact, load
 from mlff_engines.cli import mlff
 from mlff_engines.errors import ConfigError, StructureError
+from mlff_engines.graph import Graph
+from mlff_engines.potential import Potential
 from mlff_engines.structure import Structure
 from mlff_engines.validation import engines
 from mlff_engines.validation.builtin import System, argon_artifact
 from mlff_engines.validation.reports.report import Report, read_report
 from mlff_engines.validation.result import STATIC, CheckResult
 from mlff_engines.validation.run import validate
-from requirements import require_engine
+from requirements import require_compiler, require_engine
 
 require_engine("ase")
 
@@ -187,3 +190,20 @@ def test_bad_input_is_refused_before_any_work(
     with pytest.raises(error, match=message):
         raise done.exception
     assert not (tmp_path / "v").exists()
+
+
+def test_a_kernel_that_is_wrong_does_not_judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The judge's own dynamics use the fast kernel only where it agrees with the eager model."""
+    require_compiler()
+    path = students.artifact(tmp_path)
+    right = run._Session(path, tmp_path, [], 1.0, "cpu", 0)
+    assert isinstance(right.core.evaluate.potential, Artifact)  # type: ignore[attr-defined]
+
+    def skewed(self: Artifact, graph: Graph) -> Graph:
+        out = original(self, graph)
+        return {**out, "edge_gradient": out["edge_gradient"] * (1 + 1e-7)}
+
+    original = Artifact.__call__
+    monkeypatch.setattr(Artifact, "__call__", skewed)
+    wrong = run._Session(path, tmp_path, [], 1.0, "cpu", 0)
+    assert isinstance(wrong.core.evaluate.potential, Potential)  # type: ignore[attr-defined]

@@ -24,7 +24,7 @@ def neighbor_list(
     Returns:
         edge_index (2, E), sorted by centre, and edge_vec = r_j - r_i + S·cell (E, 3) in Å.
     """
-    edge_index, shift = _search(positions, cell, pbc, cutoff)
+    edge_index, shift = candidates(positions, cell, pbc, cutoff)
     return edge_index, _edge_vectors(positions, edge_index, shift @ cell)
 
 
@@ -74,7 +74,7 @@ class VerletList:
     def update(self, structure: Structure) -> tuple[IntArray, FloatArray]:
         """edge_index (2, E) and edge_vec (E, 3) in Å of all pairs closer than the cutoff; see `neighbor_list`."""
         if not self._holds(structure):
-            self._edge_index, self._shift = _search(
+            self._edge_index, self._shift = candidates(
                 structure.positions, structure.cell, structure.pbc, self.cutoff + self.skin
             )
             self._reference = structure
@@ -101,8 +101,8 @@ class VerletList:
         return (self.cutoff + self.skin - 2 * displacement) * smallest_stretch >= self.cutoff
 
 
-def _search(positions: FloatArray, cell: FloatArray, pbc: BoolArray, cutoff: float) -> tuple[IntArray, FloatArray]:
-    """Pairs (2, E) and their lattice shifts S (E, 3), zero along axes that are not periodic."""
+def candidates(positions: FloatArray, cell: FloatArray, pbc: BoolArray, cutoff: float) -> tuple[IntArray, FloatArray]:
+    """Pairs (2, E) and their lattice shifts S (E, 3), zero along axes that are not periodic; see `neighbor_list`."""
     if not len(positions):
         return np.zeros((2, 0), dtype=np.int64), np.zeros((0, 3))
     search = vesin.NeighborList(cutoff=cutoff, full_list=True, sorted=False, n_threads=1)

@@ -146,8 +146,8 @@ def test_single_precision_is_single(student: Path) -> None:
 
 
 def test_neighbour_list_is_reused_within_the_skin(student: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    searches, search = [], neighbors._search
-    monkeypatch.setattr(neighbors, "_search", lambda *args: searches.append(1) or search(*args))
+    searches, search = [], neighbors.candidates
+    monkeypatch.setattr(neighbors, "candidates", lambda *args: searches.append(1) or search(*args))
     integrator = openmm.VerletIntegrator(0.02 * unit.femtosecond)
     context = context_of(with_force(ethanol(), student), ethanol(), integrator=integrator)
     integrator.step(20)

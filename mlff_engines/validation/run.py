@@ -147,11 +147,16 @@ def validate(
     problems = {name: problem for name in engines if (problem := session.problem(name))}
     steps = [step for name in engines if name not in problems for step in _steps(session, name, mode)]
     results: dict[tuple[str, str], list[CheckResult]] = {}
+    log = progress and not sys.stderr.isatty()  # of a batch job: one line a step
     with click.progressbar(
-        steps, label="validating", item_show_func=_shown, width=24, hidden=not progress, file=sys.stderr
+        steps, label="validating", item_show_func=_shown, width=24, hidden=log or not progress, file=sys.stderr
     ) as shown:
-        for step in shown:
-            results.setdefault((step.engine, step.system), []).extend(_kept(step, folder / "steps"))
+        for number, step in enumerate(shown, start=1):
+            found = _kept(step, folder / "steps")
+            results.setdefault((step.engine, step.system), []).extend(found)
+            if log:
+                verdicts = ", ".join(result.verdict for result in found) or "does not apply"
+                click.echo(f"{number}/{len(steps)} {_shown(step)}: {verdicts}", err=True)
     report = Report(
         title=f"{artifact.name} in {', '.join(engines)}",
         provenance=_provenance(artifact, plan, command, time.monotonic() - began),

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+import broken_adapters
 import broken_dynamics
 import broken_engines
 from mlff_engines.validation import lifecycle, result
@@ -81,8 +82,68 @@ gases, and PaiNN with random weights. *Missed* are checks that are known to pass
 |---|---|---|
 {moving_bugs}
 
+## Bugs around a trained student
+
+The student of the quick start (PaiNN for ethanol in vacuum, 64 features, 3 layers, cutoff 5 Å) with the bugs of the two
+tables above, by `examples/benchmarks/injected_bugs.py`, which makes this table for any student; every check that fails
+is listed. `tests/validation/test_student_bugs.py` does the same with a small student of noble gases.
+
+| bug | static checks that fail | of M1-M3 |
+|---|---|---|
+{student_bugs}
+
+Ethanol hardly reaches beyond the cutoff, so in its dynamics nothing shows of a cutoff without an envelope nor of stale
+neighbours: the structures of the static checks are there for that.
+
+## Bugs in each adapter
+
+Put where such a bug would live (`tests/broken_adapters.py`): in the Python of the ASE, OpenMM and ML-IAP adapters, in
+the C++ of the LAMMPS plug-in, in the settings of a deck. The model is Lennard-Jones for argon and krypton, as an
+artifact; forces that are not conservative are the artifact's. Listed are checks that
+`tests/adapters/test_injected_bugs.py` holds to fail; the right adapters pass all of them. OpenMM asks no force for its
+virial.
+
+| bug | {adapters} |
+|---|{rules}
+{adapter_bugs}
+
+\\* The adapter itself refuses to go on.
+
+## Wrong models that published thresholds pass
+
+Liquid argon, 108 atoms at 94.4 K, four replicas each of the right model and of a wrong one, for three sets of seeds and
+the one of `tests/validation/test_ensembles.py`. MLIPAudit passes a radial distribution function within 0.1 root mean
+square of its reference; with the seeds of the test, that of the right model is 0.008 off.
+
+| wrong model | rms difference of g(r) | MLIPAudit | M5 | M6 |
+|---|---|---|---|---|
+| σ + 0.5 % | ≤ 0.028 | passes | fails 4 of 4 | not asked |
+| T + 2 K | ≤ 0.008 | passes | fails 4 of 4 | fails 3 of 3 |
+
 Written by `python tests/conformance_page.py --write`.
 """
+
+# as examples/benchmarks/injected_bugs.py printed them: bug -> static checks, checks of dynamics
+STUDENT = {
+    "cutoff truncated, no envelope": ("S3 S7", ""),
+    "stale neighbour list": ("S1 S3 S4 S5 S6", ""),
+    "neighbour list updated too rarely": ("", ""),
+    "0.1 % non-conservative force": ("S1 S2 S3 S4", "M1 M3"),
+    "1 % non-conservative force": ("S1 S2 S3 S4", "M1 M3"),
+    "wrong sign of the virial": ("S1 S2 S4", ""),
+    "two species swapped": ("S1 S2 S9", "M1 M3"),
+    "positions in nm for Å": ("S1 S2 S3 S6 S7", "M2 M3"),
+    "energy and force unit off by 1.0005": ("S1 S2 S9", "M3"),
+    "energy unit off by 1.0005": ("S1 S2 S3 S4 S9", "M1 M3"),
+    "energy summed in float32": ("S1 S2 S3 S4 S5 S7 S9 S10", "M3"),
+}
+
+ADAPTERS = {
+    "ase": "ASE",
+    "openmm": "OpenMM",
+    "lammps": "LAMMPS plug-in",
+    "lammps-mliap": "LAMMPS ML-IAP",
+}
 
 
 def page() -> str:
@@ -99,6 +160,15 @@ def page() -> str:
             f"| {name}{_where(bug)} | {bug.caught.replace(' ', ', ')} | {bug.missed.replace(' ', ', ')} |"
             for name, bug in broken_dynamics.BUGS.items()
         ),
+        student_bugs="\n".join(
+            f"| {name} | {_list(static)} | {_list(moving)} |" for name, (static, moving) in STUDENT.items()
+        ),
+        adapters=" | ".join(ADAPTERS.values()),
+        rules="---|" * len(ADAPTERS),
+        adapter_bugs="\n".join(
+            f"| {name} | {' | '.join(_adapter(cases.get(engine)) for engine in ADAPTERS)} |"
+            for name, cases in broken_adapters.BUGS.items()
+        ),
     )
 
 
@@ -106,6 +176,14 @@ def _checks(tolerances: Mapping[str, Mapping[Any, float]]) -> str:
     return "\n".join(
         f"| {code} | {result.NAMES[code]} | {t['float64']:g} | {t['float32']:g} |" for code, t in tolerances.items()
     )
+
+
+def _list(codes: str) -> str:
+    return codes.replace(" ", ", ") or "-"
+
+
+def _adapter(bug: broken_adapters.Bug | None) -> str:
+    return "-" if bug is None else _list(bug.caught) + ("*" if bug.refusal else "")
 
 
 def _where(bug: broken_engines.Bug | broken_dynamics.Bug) -> str:

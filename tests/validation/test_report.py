@@ -222,7 +222,10 @@ def test_page_says_every_verdict_in_words(html: str) -> None:
     assert ADVICE["S7"] in parsed.text  # what to do about it
     assert "pip install 'mlff-engines[absent]'" in parsed.text
     assert "not a number" in parsed.text
-    assert "– not run" in parsed.text
+    assert "– not run" in parsed.text  # by the engine that is absent
+    assert "– does not apply" in parsed.text
+    assert "× uncertainty" not in parsed.text
+    assert "meV/atom/ps" in parsed.text
     assert "ab" * 32 in parsed.text
 
 
@@ -277,6 +280,14 @@ def test_plots_are_drawn(plot: Plot) -> None:
     for label in (plot.title, plot.x, *(curve.label for curve in plot.curves)):
         assert label in parsed.text
     assert drawn == svg(plot, "q-")  # the same file from the same figures
+
+
+def test_short_logarithmic_axes_have_plain_numbers() -> None:
+    steps, deviations = [0.1, 0.2, 0.4], [0.5, 2.0, 8.0]
+    words = Page(svg(Plot("t", "x", "y", [Curve("", steps, deviations, style="points")], "log-log"))).words
+    assert {"0.1", "0.2", "0.5", "1", "2", "5"} <= {word.strip() for word in words}
+    words = Page(svg(Plot("t", "x", "y", [Curve("", steps, [1e-9, 1e-5, 1.0])], "log"))).words
+    assert not {"0.1", "0.01"} & {word.strip() for word in words}
 
 
 def test_plots_leave_out_what_has_no_place() -> None:

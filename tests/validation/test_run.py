@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ from click.testing import CliRunner
 import mlff_engines.validation.run as run
 import students
 from mlff_engines.artifact import Artifact, load
-from mlff_engines.cli import mlff
+from mlff_engines.cli import main, mlff
 from mlff_engines.errors import ConfigError, StructureError
 from mlff_engines.graph import Graph
 from mlff_engines.potential import Potential
 from mlff_engines.structure import Structure
 from mlff_engines.validation import engines
 from mlff_engines.validation.builtin import System, argon_artifact
+from mlff_engines.validation.dynamics import constant_energy
 from mlff_engines.validation.reports.report import Report, read_report
 from mlff_engines.validation.result import STATIC, CheckResult
 from mlff_engines.validation.run import validate
@@ -104,6 +106,41 @@ def test_an_interrupted_validation_goes_on(argon: Path, tmp_path: Path, monkeypa
         report = validate(argon, tmp_path / "v", systems=[SYSTEM], progress=False)
     assert codes(report) == ["S1", "S2", "S8", "M3"]
     assert done == []  # kept from the first time
+
+
+@pytest.mark.fault("M5")
+def test_ctrl_c_in_the_middle_of_a_run_keeps_what_is_done(
+    argon: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ase import Atoms
+    from ase.io import write
+
+    from mlff_ase.calculator import MLFFCalculator
+
+    write(tmp_path / "cluster.xyz", Atoms(CLUSTER.numbers, CLUSTER.positions))
+    folder, calculate = tmp_path / "v", MLFFCalculator.calculate
+    running = folder / "trajectories" / "cluster" / "ase" / "M1-2.xyz"
+
+    def interrupted(self: MLFFCalculator, *args: Any, **options: Any) -> None:
+        if running.exists() and running.stat().st_size:
+            raise KeyboardInterrupt
+        calculate(self, *args, **options)
+
+    arguments = ["validate", str(argon), "--system", str(tmp_path / "cluster.xyz"), "--temperature", "25"]
+    monkeypatch.setattr(run, "STATIC", {"S8": ""})
+    monkeypatch.setitem(run.MOVING, "quick", ("M1", "M2"))
+    monkeypatch.setattr(constant_energy, "Options", partial(constant_energy.Options, law=40))
+    with monkeypatch.context() as patched:
+        patched.setattr(MLFFCalculator, "calculate", interrupted)
+        with pytest.raises(SystemExit, match="130"):
+            main([*arguments, "-o", str(folder)])
+    assert running.stat().st_size > 0
+    kept = {path.name: path.stat().st_mtime_ns for path in (folder / "steps").iterdir()}
+    assert list(kept) == ["ase-static-systems-S8.json"]
+    assert not (folder / "report.json").exists()
+    main([*arguments, "-o", str(folder)])
+    assert codes(read_report(folder / "report.json")) == ["S8", "M1", "M2"]
+    assert {name: (folder / "steps" / name).stat().st_mtime_ns for name in kept} == kept
 
 
 def test_a_finished_validation_is_not_touched(finished: Path, argon: Path, tmp_path: Path) -> None:

@@ -59,11 +59,15 @@ def svg(plot: Plot, prefix: str = "") -> str:
             axes.set_xscale("log")
         for k, curve in enumerate(curves):
             _draw(axes, curve, plot.scale, k)
+        _plain_ticks(axes)
         axes.set_title(_wrapped(plot.title, 46), loc="left")
         axes.set(xlabel=_wrapped(plot.x, 60), ylabel=_wrapped(plot.y, 40))
-        if len(curves) > FEW:
-            legend = figure.legend(loc="outside lower center", ncols=2)
-            figure.set_figheight(SIZE[1] + 0.14 * sum(text.get_text().count("\n") + 1.5 for text in legend.texts) / 2)
+        crowded = len(curves) > 1 and sum(len(curve.x) for curve in curves) >= MANY  # no free place inside
+        if len(curves) > FEW or crowded:
+            columns = 3 if len(curves) > FEW else len(curves)
+            legend = figure.legend(loc="outside lower center", ncols=columns)
+            lines = sum(text.get_text().count("\n") + 1.5 for text in legend.texts) / columns
+            figure.set_figheight(SIZE[1] + 0.14 * lines)
         elif len(curves) > 1 or curves[0].label:
             axes.legend(loc="best" if sum(len(curve.x) for curve in curves) < MANY else "upper right")
         text = io.StringIO()
@@ -85,7 +89,7 @@ def _draw(axes: Any, curve: Curve, scale: str, k: int) -> None:
             low = np.where(low > 0, low, 0.1 * y)  # a band that reaches below zero
     if curve.style == "points":
         marker = {"ls": "none", "marker": MARKERS[k % len(MARKERS)], "color": colour, "alpha": 0.6, "label": label}
-        marker |= {"ms": 2 if many else 4}
+        marker |= {"ms": 2 if many else 4, "zorder": 3}  # above the lines
         if curve.error is None:
             axes.plot(x, y, rasterized=many, mec="none", **marker)
         else:
@@ -96,6 +100,17 @@ def _draw(axes: Any, curve: Curve, scale: str, k: int) -> None:
     if curve.error is not None:
         step = "mid" if curve.style == "steps" else None
         axes.fill_between(x, low, high, color=colour, alpha=0.22, lw=0, step=step)
+
+
+def _plain_ticks(axes: Any) -> None:
+    """0.2 and not 2 × 10⁻¹ on logarithmic axes over less than two powers of ten."""
+    ticker = needed("matplotlib.ticker")
+    for axis in (axes.xaxis, axes.yaxis):
+        low, high = axis.get_view_interval()
+        if axis.get_scale() == "log" and 1e-4 < low < high < min(1e4, 100 * low):
+            axis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+            axis.set_minor_locator(ticker.NullLocator())
+            axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def _shown(curve: Curve, scale: str) -> BoolArray:

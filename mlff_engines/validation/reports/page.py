@@ -18,7 +18,7 @@ WORDS: dict[Verdict | None, tuple[str, str]] = {
     "pass": ("✓", "pass"),
     "fail": ("✗", "FAIL"),
     "inconclusive": ("?", "inconclusive"),
-    None: ("–", "not run"),
+    None: ("–", ""),
 }
 SUMMARY: dict[Verdict, str] = {
     "pass": "Every check that was run has passed.",
@@ -65,6 +65,21 @@ ADVICE = {
     "ones to label and train on.",
 }
 
+# of figure and tolerance
+UNITS = {
+    **dict.fromkeys(("S1", "S2", "S5", "S6", "S7", "S9", "S10", "D1", "D6"), "eV, eV/Å"),
+    "S3": "× uncertainty",
+    "S4": "relative",
+    "S8": "edges",
+    "D2": "Å, eV",
+    "D3": "Å, eV",
+    "D5": "MiB",
+    "M1": "from 4",
+    "M2": "Å",
+    "M3": "Å, eV",
+    "M4": "meV/atom/ps",
+}
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -86,7 +101,7 @@ def page(report: Report) -> str:
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters.update(number=number, share=share)
+    environment.filters.update(number=number, share=share, moment=moment)
     folder = importlib.resources.files(__package__) / "templates"
     engines = list(dict.fromkeys(section.engine for section in report.sections))
     codes = [code for code in NAMES if any(r.code == code for s in report.sections for r in s.results)]
@@ -97,6 +112,7 @@ def page(report: Report) -> str:
         version=__version__,
         words=WORDS,
         summary=SUMMARY[report.verdict] if report.sections else "Nothing was run, so nothing was shown.",
+        units=UNITS,
         engines={engine: overall(section.verdict for section in parts) for engine, parts in by_engine.items()},
         matrix={code: [_cell(code, engine, by_engine[engine]) for engine in engines] for code in codes},
         names={r.code: r.name for s in report.sections for r in s.results},
@@ -127,6 +143,11 @@ def number(value: float, digits: int = 3) -> str:
     return f"10{raised}" if written == "1" else f"{written}×10{raised}"
 
 
+def moment(date: str) -> str:
+    """An ISO 8601 date as a person writes it."""
+    return date.replace("T", " ").replace("+00:00", " UTC")
+
+
 def share(result: CheckResult) -> str:
     """The figure in parts of its tolerance."""
     if not math.isfinite(result.figure) or not math.isfinite(result.tolerance) or result.tolerance <= 0:
@@ -138,7 +159,9 @@ def share(result: CheckResult) -> str:
 def _cell(code: str, engine: str, sections: Sequence[Section]) -> Cell:
     found = [(section, result) for section in sections for result in section.results if result.code == code]
     if not found:
-        return Cell(None, "", f"{code} was not run in {engine}", "")
+        alone = any(section.problem for section in sections) or not any(section.results for section in sections)
+        why = "was not run" if alone else "does not apply: what it asks for is not offered"
+        return Cell(None, "not run" if alone else "does not apply", f"{code} {why} in {engine}", "")
     verdict = overall(result.verdict for _, result in found)
     agree = [(section, result) for section, result in found if result.verdict == verdict]
     if len(found) == 1:

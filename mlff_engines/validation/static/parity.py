@@ -88,7 +88,7 @@ def check_parity(
             worst.compare(label, found, right)
             for quantity, figure in deviation(found, right, claims.offers).items():
                 by_quantity[quantity] = max(by_quantity.get(quantity, 0.0), figure)
-            if case is structure:
+            if label == name:
                 forces.append((name, right.forces.ravel(), found.forces.ravel()))
     shown = {f"{name}, {unit}": by_quantity[name] for name, unit in UNITS.items() if name in claims.offers}
     return replace(worst.judged("S1", claims.dtype), figures=shown, plots=_parity_plots(forces))

@@ -9,7 +9,7 @@ BENCH = rmd17_ethanol deepmd_water rmd17_aspirin
 ONE_THREAD = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
 .NOTPARALLEL:
-.PHONY: help quickstart venv test lint format pytest wheel bench pages clean
+.PHONY: help quickstart venv test lint format pytest wheel lammps bench accuracy pages clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -47,11 +47,14 @@ pytest: $(INSTALLED) ## the test suite alone; choose tests with ARGS="-k cutoff"
 wheel: $(INSTALLED) ## build the wheel and try it in an empty environment
 	BUILD_PYTHON=$(BIN)/python .ci/wheel-smoke
 
+lammps: $(INSTALLED) ## build LAMMPS with `pair_style mliap unified`, once: 15 core minutes; without apt: SOURCE=ARCHIVE
+	$(BIN)/mlff lammps build $(if $(SOURCE),--source $(SOURCE))
+
 pages: $(INSTALLED) ## write docs/faults.md and docs/conformance.md anew from the tests
 	$(BIN)/python tests/faults.py --write
 	PYTHONPATH=tests $(BIN)/python tests/conformance_page.py --write
 
-bench: $(INSTALLED) ## the accuracy figures of docs/benchmarks.md: 90 minutes per data set; run again to resume
+accuracy: $(INSTALLED) ## the accuracy figures of docs/benchmarks.md: 90 minutes per data set; run again to resume
 	for name in $(BENCH); do $(BIN)/mlff train examples/benchmarks/$$name.yaml -o runs/$$name || exit 1; done
 
 clean: ## remove caches and build products, never .venv nor runs/

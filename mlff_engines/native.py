@@ -1,4 +1,4 @@
-"""Shared libraries compiled once for the machine and the torch at hand, and kept in the user's cache."""
+"""What is compiled once for the machine at hand and kept in the user's cache: where, with which compiler, by whom."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -66,13 +66,13 @@ def operator_library(name: str, source: Path, *, flags: Sequence[str] = ()) -> P
         "source": {file.name: file.read_text(encoding="utf-8") for file in files},
         "flags": flags,
         "torch": torch.__version__,
-        "processor": _processor(),
+        "processor": processor(),
     }
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
     out = cache() / "kernels" / f"{name}-{digest[:16]}.so"
     if not out.is_file():  # no lock and no compiler needed once it is there
         try:
-            with _locked(out.with_suffix(".lock")):
+            with locked(out.with_suffix(".lock")):
                 if not out.is_file():
                     _compile(source, flags, out)
         except OSError as error:
@@ -99,20 +99,29 @@ def _compile(source: Path, flags: Sequence[str], out: Path) -> None:
             )
 
 
-def _processor() -> str:
-    """What `-march=native` depends on."""
+def processor() -> tuple[str, ...]:
+    """What `-march=native` depends on: the architecture and, in order, the features of this processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return f"{platform.machine()} {platform.processor()}"
+        return platform.machine(), platform.processor()
     features = [line.split(":", 1)[1] for line in lines if line.lower().startswith(("flags", "features"))]
-    return f"{platform.machine()} {' '.join(sorted(features[0].split())) if features else ''}"
+    return platform.machine(), *sorted(set(features[0].split()) if features else ())
 
 
 @contextmanager
-def _locked(file: Path) -> Iterator[None]:
-    """One builder at a time; the lock goes with the process that holds it."""
+def locked(file: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[int]:
+    """One builder at a time; the lock goes with the processes that hold this descriptor.
+
+    Args:
+        file: the lock; its folder is made.
+        waiting: called when another builder holds it.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waiting()
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield handle.fileno()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from mlff_lammps.plugin import Lammps, build_plugin, wheel
 # LAMMPS, update.cpp: its unit of energy over Å³ in its unit of pressure
 NKTV2P = {"metal": 1.6021765e6, "real": 68568.415}
 EV = {"metal": 1.0, "real": KCAL_PER_MOL}
+TILTED = np.array([[1.0, 0.0, 0.0], [0.2, 0.95, 0.0], [-0.15, 0.1, 1.05]])
 
 
 @dataclass
@@ -162,3 +163,27 @@ def make_deck(folder: Path) -> Deck:
         if "no C++ compiler" in str(error):
             requirements.missing("lammps", str(error))
         raise
+
+
+def water(side: int, seed: int = 3, shape: FloatArray | None = None) -> Structure:
+    """side³ molecules of water at its density, in a cubic box or one of `shape`."""
+    rng = np.random.default_rng(seed)
+    length = 3.1 * side
+    grid = np.stack(np.meshgrid(*[np.arange(side)] * 3, indexing="ij"), axis=-1).reshape(-1, 3) * 3.1
+    molecule = np.array([[0.0, 0.0, 0.0], [0.96, 0.0, 0.0], [-0.24, 0.93, 0.0]])
+    positions = (grid[:, None] + molecule + rng.uniform(-0.15, 0.15, (side**3, 3, 3))).reshape(-1, 3)
+    shape = np.eye(3) if shape is None else shape
+    return Structure(np.tile([8, 1, 1], side**3), positions @ shape, length * shape, np.ones(3, dtype=bool))
+
+
+def chain() -> Structure:
+    """Longer than a message travels: a rank does not see all atoms, and what it sees of far ones is incomplete."""
+    rng = np.random.default_rng(5)
+    positions = np.stack([1.6 * np.arange(24), *rng.uniform(-0.4, 0.4, (2, 24))], axis=-1)
+    return Structure(np.tile([6, 1, 8], 8), positions)
+
+
+def half_empty() -> Structure:
+    """All atoms in one end of the box."""
+    dense = water(2)
+    return replace(dense, cell=dense.cell * np.array([[1.0], [1.0], [6.0]]))

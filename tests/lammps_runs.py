@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 import requirements
-from mlff_engines.errors import ConfigError
+from mlff_engines.errors import MissingEngineError
 from mlff_engines.structure import MASSES, Structure
 from mlff_lammps.build import find_build
 from mlff_lammps.deck import Placed, write_data
@@ -23,7 +23,7 @@ def require_build() -> Installation:
     requirements.require_engine("lammps")
     try:
         find_build()
-    except ConfigError as error:
+    except MissingEngineError as error:
         requirements.missing("lammps-mliap", str(error))
     return built()
 

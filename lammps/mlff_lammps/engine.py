@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mlff_engines.artifact import Dtype, inspect, recast
+from mlff_engines.artifact import Dtype, Kernel, inspect, load, recast
 from mlff_engines.errors import SimulationError, StructureError
 from mlff_engines.structure import FloatArray, Result, Structure
 from mlff_engines.units import BAR
@@ -182,10 +182,19 @@ class LAMMPSEngine:
     def _install(self) -> Installation:
         """The LAMMPS to run; what the pair style needs is made here, once."""
         self._plugin = build_plugin()
+        # the plug-in runs the program as it is
+        self._recast(load(self.artifact, self.device, self.dtype).kernel)
         return stock()
 
+    def _recast(self, kernel: Kernel) -> None:
+        """From here on an artifact of the dtype asked for and `kernel`."""
+        if (self.dtype, kernel) != (self.manifest.dtype, self.manifest.kernel):
+            made = self.folder / f"student-{self.dtype}.pt"
+            recast(self.artifact, made, self.dtype, kernel)
+            self.artifact = made
+
     def _pair_commands(self, structure: Structure) -> list[str]:
-        options = f"device {self.device} dtype {self.dtype} charge {structure.charge!r} spin {structure.spin!r}"
+        options = f"device {self.device} charge {structure.charge!r} spin {structure.spin!r}"
         return [f'plugin load "{self._plugin}"', f'pair_style mlff "{self.artifact}" {options} outside ignore']
 
     def _setup(
@@ -223,9 +232,7 @@ class LAMMPSMLIAPEngine(LAMMPSEngine):
 
     def _install(self) -> Installation:
         found = built()
-        if self.dtype != self.manifest.dtype:  # pair_style mliap has no option for it
-            recast(self.artifact, self.folder / f"student-{self.dtype}.pt", self.dtype)
-            self.artifact = self.folder / f"student-{self.dtype}.pt"
+        self._recast(self.manifest.kernel)  # Python takes the kernel by itself
         self.model = self.folder / "student.mliap"
         write_mliap(self.artifact, self.model, overwrite=True)
         return Installation(found.executable, {**found.environment, "MLFF_DEVICE": self.device})

@@ -189,6 +189,22 @@ class Host:
                 raise type(failure)(message) from None
             raise ConfigError(message) from failure
 
+    def warn(self, message: str | None) -> None:
+        """A warning in the log if any rank has one; every rank must call this."""
+        if self._mpi is not None and self._mpi.known:
+            message = self._mpi.first(self.rank, message and f"rank {self.rank}: {message}")
+        if message is not None:
+            self.say(f"WARNING: pair_style mliap: {message}")
+
+    def total(self, value: int) -> int:
+        """Sum over all ranks; under an MPI whose constants are not known, this rank's own."""
+        return value if self._mpi is None else self._mpi.total(value)
+
+    def abort(self, message: str) -> None:
+        """End all ranks from one, where the others wait for what it cannot give. Nothing on one rank alone."""
+        if self._mpi is not None:
+            self._mpi.abort(f"rank {self.rank}: {message}")
+
     def _member(self, name: str) -> int:
         assert self.handle.value is not None
         return _word(self.handle.value + WORD * MEMBERS.index(name))
@@ -206,13 +222,13 @@ class _StdString(ctypes.Structure):
 
 
 class _MPI:
-    """Two collective calls, by the MPI that LAMMPS itself uses.
+    """Some calls, by the MPI that LAMMPS itself uses.
 
     Constants are those of the MPICH ABI (https://www.mpich.org/abi), which MPICH, Intel MPI, MVAPICH and Cray share.
     Under another MPI a rank that fails ends all of them.
     """
 
-    INT, CHAR, MAX = 0x4C000405, 0x4C000101, 0x58000001
+    INT, CHAR, MAX, SUM = 0x4C000405, 0x4C000101, 0x58000001, 0x58000003
 
     def __init__(self, library: ctypes.CDLL, communicator: int) -> None:
         self.library, self.communicator = library, communicator
@@ -224,20 +240,33 @@ class _MPI:
         """The message of the first rank that has one, on all ranks."""
         if not self.known:
             if message is not None:
-                os.write(2, f"ERROR: pair_style mliap: {message}\n".encode())
-                self.library.MPI_Comm_f2c.restype = ctypes.c_void_p
-                self.library.MPI_Abort(ctypes.c_void_p(self.library.MPI_Comm_f2c(self.communicator)), 1)
+                self.abort(message)
             return None
         # the lowest rank wins: its negative is the largest
-        mine = ctypes.c_int(-rank if message is not None else -(2**31 - 1))
-        worst = ctypes.c_int()
-        self.library.MPI_Allreduce(ctypes.byref(mine), ctypes.byref(worst), 1, self.INT, self.MAX, self.communicator)
-        if worst.value == -(2**31 - 1):
+        worst = self._reduced(-rank if message is not None else -(2**31 - 1), self.MAX)
+        if worst == -(2**31 - 1):
             return None
         text = (message or "").encode()[: MESSAGE - 1]
         buffer = ctypes.create_string_buffer(text, MESSAGE)
-        self.library.MPI_Bcast(buffer, MESSAGE, self.CHAR, -worst.value, self.communicator)
+        self.library.MPI_Bcast(buffer, MESSAGE, self.CHAR, -worst, self.communicator)
         return buffer.value.decode(errors="replace")
+
+    def total(self, value: int) -> int:
+        """Sum over all ranks."""
+        return self._reduced(value, self.SUM) if self.known else value
+
+    def abort(self, message: str) -> None:
+        """End all ranks."""
+        os.write(2, f"ERROR: pair_style mliap: {message}\n".encode())
+        self.library.MPI_Comm_f2c.restype = ctypes.c_void_p
+        self.library.MPI_Abort(ctypes.c_void_p(self.library.MPI_Comm_f2c(self.communicator)), 1)
+
+    def _reduced(self, value: int, operation: int) -> int:
+        mine, all_ranks = ctypes.c_int(value), ctypes.c_int()
+        self.library.MPI_Allreduce(
+            ctypes.byref(mine), ctypes.byref(all_ranks), 1, self.INT, operation, self.communicator
+        )
+        return all_ranks.value
 
 
 @functools.cache

@@ -6,8 +6,9 @@
 
 LAMMPS hands over the atoms of one domain, its ghosts, and every pair within the cutoff. Messages of a network with
 several layers need ghosts as far as layers x cutoff, and their pairs too: hence the `1` (ghost neighbours) and the
-`comm_modify cutoff`. The model runs on owned and ghost atoms alike, sums the energies of the owned and passes the
-gradient of that sum for every pair, which LAMMPS turns into forces, ghosts' included, and virials:
+`comm_modify cutoff`. A LAMMPS with KOKKOS on GPUs exchanges features between layers instead and needs neither (not yet
+tried on one; see `mlff_lammps.exchange`). The model runs on owned and ghost atoms alike, sums the energies of the owned
+and passes the gradient of that sum for every pair, which LAMMPS turns into forces, ghosts' included, and virials:
 
 | LAMMPS                  | here                                                                               |
 |-------------------------|------------------------------------------------------------------------------------|
@@ -84,6 +85,9 @@ class MLIAP:
     def compute_forces(self, data: Any) -> None:
         """Energies and pair forces of one step."""
         assert self.host is not None
+        warnings: list[str | None] = []
+        self.host.together(lambda: warnings.append(self._check(data)))  # before any rank waits in an exchange
+        self.host.warn(warnings[0])
         self.host.together(lambda: self._compute(data))
 
     def _load(self) -> None:
@@ -93,6 +97,10 @@ class MLIAP:
         self._forces = Forces(self.path, self.sha256, self.device, self.host)
         self.element_types = self._forces.elements
         self.rcutfac = 0.5 * self._forces.cutoff
+
+    def _check(self, data: Any) -> str | None:
+        assert self._forces is not None
+        return self._forces.check(data)
 
     def _compute(self, data: Any) -> None:
         assert self._forces is not None

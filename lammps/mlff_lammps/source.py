@@ -131,11 +131,17 @@ def _debian_archive(work: Path, echo: Echo) -> Path:
     }
     settings = [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
     echo(f"fetching the source of LAMMPS from Debian {SUITE} (130 MB)")
-    output_of(["apt-get", *settings, "update"], f"read Debian's {SUITE}")
-    known = output_of(["apt-cache", *settings, "showsrc", "lammps"], "look up lammps")
-    match = re.search(r"^ ([0-9a-f]{64}) \d+ (lammps_\S+\.orig\.tar\.\w+)$", known, re.MULTILINE)
+    apt = [
+        subprocess.run([*command[:1], *settings, *command[1:]], capture_output=True, text=True)
+        for command in (["apt-get", "update"], ["apt-cache", "showsrc", "lammps"])
+    ]
+    match = re.search(r"^ ([0-9a-f]{64}) \d+ (lammps_\S+\.orig\.tar\.\w+)$", apt[1].stdout, re.MULTILINE)
     if match is None:
-        raise ConfigError(f"Debian {SUITE} lists no source of LAMMPS; give one with --source ARCHIVE")
+        lines = "\n".join("".join(done.stderr for done in apt).strip().splitlines()[-10:])
+        raise ConfigError(
+            f"apt finds no source of LAMMPS in Debian {SUITE} at {mirrors[0]}: is that within reach? Or download a "
+            f"release from lammps.org elsewhere and give it with --source ARCHIVE. apt said:\n{lines}"
+        )
     archive = root / match[2]
     if not archive.is_file() or sha256_of(archive) != match[1]:
         # its description may be missing on a mirror while the archive is there: the archive is what counts

@@ -17,13 +17,14 @@ from pathlib import Path
 import pytest
 
 import requirements
-from mlff_engines.errors import ConfigError
+from mlff_engines.errors import ConfigError, MissingEngineError
 from mlff_lammps import build, source
 from mlff_lammps.build import build_lammps, find_build
 
 requirements.require_engine("lammps")
-if shutil.which("cmake") is None or shutil.which("ninja") is None or shutil.which("c++") is None:
-    pytest.skip("needs c++, cmake and ninja", allow_module_level=True)
+requirements.require_compiler()
+if shutil.which("cmake") is None or shutil.which("ninja") is None:
+    pytest.skip("needs cmake and ninja", allow_module_level=True)
 
 CMAKE = """cmake_minimum_required(VERSION 3.16)
 project(toy CXX)
@@ -64,7 +65,7 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_is_built_once_and_found_again(tree: Path) -> None:
-    with pytest.raises(ConfigError, match="mlff lammps build"):
+    with pytest.raises(MissingEngineError, match="mlff lammps build"):
         find_build()
     told: list[str] = []
     made = build_lammps(tree, jobs=1, echo=told.append)
@@ -114,7 +115,7 @@ def test_killed_build_leaves_nothing_that_is_used_and_goes_on(tree: Path) -> Non
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    with pytest.raises(ConfigError, match="mlff lammps build"):
+    with pytest.raises(MissingEngineError, match="mlff lammps build"):
         find_build()
     (library,) = {path.resolve() for path in build.cache().glob("*.work/build/liblammps.so*")}
     compiled = library.stat().st_mtime_ns
@@ -129,10 +130,10 @@ def test_killed_build_leaves_nothing_that_is_used_and_goes_on(tree: Path) -> Non
 
 def test_failures_say_what_to_do(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tree / "src" / "toy.cpp").write_text("nonsense\n")
-    with pytest.raises(ConfigError, match=r"(?s)compiling LAMMPS failed.*build\.log.*nonsense"):
+    with pytest.raises(MissingEngineError, match=r"(?s)compiling LAMMPS failed.*build\.log.*nonsense"):
         build_lammps(tree, jobs=1)
     (tree / "src" / "toy.cpp").write_text(TOY.replace(" PYTHON", ""))
-    with pytest.raises(ConfigError, match="has no ML-IAP with PYTHON"):
+    with pytest.raises(MissingEngineError, match="has no ML-IAP with PYTHON"):
         build_lammps(tree, jobs=1)
     with pytest.raises(ConfigError, match="neither an archive nor a folder"):
         build_lammps(tmp_path)
@@ -140,22 +141,40 @@ def test_failures_say_what_to_do(tree: Path, tmp_path: Path, monkeypatch: pytest
     with pytest.raises(ConfigError, match=r"cannot unpack .*cut\.tar\.gz"):
         build_lammps(tmp_path / "cut.tar.gz")
     monkeypatch.setenv("CXX", "absent-compiler")
-    with pytest.raises(ConfigError, match="no C\\+\\+ compiler 'absent-compiler': install g\\+\\+"):
+    with pytest.raises(MissingEngineError, match=r"no C\+\+ compiler 'absent-compiler'\. Install g\+\+"):
         build_lammps(tree)
-    with pytest.raises(ConfigError, match="mlff lammps build"):
+    with pytest.raises(MissingEngineError, match="mlff lammps build"):
         find_build()
 
 
-@pytest.mark.parametrize("mirrors", [None, "http://mirror.invalid/ubuntu"])
+NO_NETWORK = """#!/bin/sh
+case "$*" in
+  indextargets*) echo http://mirror.invalid/debian/ ;;
+  *update) echo "W: Failed to fetch http://mirror.invalid" >&2 ;;
+  *) echo "E: Unable to find a source package" >&2; exit 100 ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("apt", "message"),
+    [
+        (None, "no apt-get"),
+        ("#!/bin/sh\necho http://mirror.invalid/ubuntu\n", "no Debian mirror"),
+        (NO_NETWORK, r"(?s)at http://mirror\.invalid/debian/: is that within reach\?.*Failed to fetch.*Unable to find"),
+    ],
+    ids=["no apt", "no Debian", "no network"],
+)
 def test_without_a_debian_mirror_an_archive_is_asked_for(
-    tree: Path, monkeypatch: pytest.MonkeyPatch, mirrors: str | None
+    tree: Path, monkeypatch: pytest.MonkeyPatch, apt: str | None, message: str
 ) -> None:
     programs = tree.parent / "bin"
-    if mirrors is not None:
-        (programs / "apt-get").write_text(f"#!/bin/sh\necho {mirrors}\n")
-        (programs / "apt-get").chmod(0o755)
-    for name in ("c++", "mpicxx", "sh"):
+    for name in ("apt-get", "apt-cache") if apt else ():
+        (programs / name).write_text(str(apt))
+        (programs / name).chmod(0o755)
+    for name in ("g++", "mpicxx", "sh"):
         (programs / name).symlink_to(shutil.which(name) or Path(sys.executable).parent / name)
     monkeypatch.setenv("PATH", str(programs))
-    with pytest.raises(ConfigError, match="--source ARCHIVE"):
+    with pytest.raises(ConfigError, match=message) as caught:
         build_lammps()
+    assert "--source ARCHIVE" in str(caught.value)

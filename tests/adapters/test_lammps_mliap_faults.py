@@ -14,6 +14,7 @@ import broken_mliap
 import lammps_runs
 import students
 from lammps_runs import Ran, crystal, deck, lmp, write_structure
+from mlff_engines.checkpoint import Domain
 from mlff_engines.structure import Structure
 from mlff_lammps.mliap import MLIAP, write_mliap
 
@@ -109,7 +110,22 @@ def test_coincident_atoms_on_one_rank_end_all_and_are_named(work: Path) -> None:
     write_structure(work, Structure(np.array([1, 6, 8, 8]), positions, 40.0 * np.eye(3), np.ones(3, dtype=bool)))
     text = deck("student.mliap", "H C O", before="processors 2 1 1")
     log = refused(lmp(work, text, ranks=2))
-    assert "rank 1: the model's energy or force on atom 3 is not finite: atoms coincide" in log
+    assert "rank 1: atoms 3 (O) and 4 (O) coincide: 0 Å apart. Move one of them" in log
+
+
+@pytest.mark.fault("S5")
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_atoms_closer_than_in_training(work: Path, ranks: int) -> None:
+    """Told once, whichever rank sees it."""
+    domain = Domain(elements=list(students.E0), min_distances={"C-H": 1.1, "H-O": 0.7})
+    write_mliap(students.artifact(work / "near", domain=domain), work / "near.mliap")
+    positions = np.array([[1.0, 1.0, 1.0], [3.0, 1.0, 1.0], [31.0, 1.0, 1.0], [32.0, 1.0, 1.0]])
+    write_structure(work, Structure(np.array([1, 8, 6, 1]), positions, 40.0 * np.eye(3), np.ones(3, dtype=bool)))
+    text = deck("near.mliap", "H C O", before=f"processors {ranks} 1 1", after="run 0\nrun 0")
+    log = lmp(work, text, ranks=ranks).log
+    said = "are 1.000 Å apart; the shortest distance of their elements in the training data is 1.100 Å"
+    assert log.count(said) == 1
+    assert ("WARNING: pair_style mliap: rank 1: atoms " in log) == (ranks == 2)
 
 
 @pytest.mark.fault("L7")

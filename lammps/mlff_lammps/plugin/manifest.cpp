@@ -78,13 +78,19 @@ Manifest parse(const json &content)
   content.at("takes_spin").get_to(m.takes_spin);
   content.at("e0").get_to(m.e0);
   content.at("torch_version").get_to(m.torch_version);
+  content.at("sha256").get_to(m.sha256);
   const json &domain = content.at("domain");
   domain.at("elements").get_to(m.elements);
   domain.at("min_distances").get_to(m.min_distances);
   domain.at("charges").get_to(m.charges);
   domain.at("spins").get_to(m.spins);
+  m.fused = content.value("kernel", "torch") == "fused";
+  const json &members = content.at("models");
+  m.could_be_fused = std::all_of(members.begin(), members.end(), [](const json &member) {
+    return std::find(FUSED.begin(), FUSED.end(), member.value("arch", "")) != FUSED.end();
+  });
   const json bytes = content.value("bytes_per_edge", json());
-  if (bytes.is_number()) bytes.get_to(m.bytes_per_edge);
+  if (bytes.is_number() && !m.fused) bytes.get_to(m.bytes_per_edge);
   if (!(m.cutoff > 0) || m.layers < 1 || m.elements.empty() || m.charges.empty() || m.spins.empty())
     throw Error("has a manifest without cutoff, layers, elements, charges or spins");
   return m;

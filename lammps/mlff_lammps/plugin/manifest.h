@@ -27,8 +27,11 @@ struct Manifest {
   std::map<std::string, double> e0;               // eV, energy of the isolated atom
   std::map<std::string, double> min_distances;    // shortest seen in training per pair such as "C-H", Å
   std::vector<double> charges, spins;             // seen in training
-  double bytes_per_edge = 0.0;                    // 0: unknown
+  double bytes_per_edge = 0.0;                    // of plain torch; 0: unknown
+  bool fused = false;                             // the program names an operator of mlff_engines/kernels
+  bool could_be_fused = false;                    // every member is of an architecture that has one
   std::string torch_version;
+  std::string sha256;                             // of all that the artifact holds
 };
 
 // The entries of an artifact's archive: their names and a way to read one.

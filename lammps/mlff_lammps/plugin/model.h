@@ -47,7 +47,7 @@ class Model {
 
  private:
   struct Impl;
-  std::unique_ptr<Impl> impl;
+  std::shared_ptr<Impl> impl;
   Options options;
 
   void fix_isolated_atoms();

@@ -5,7 +5,7 @@ Layout of `student.pt` (a zip archive, as `torch.jit.save` writes it):
 | entry               | content                                                                            |
 |---------------------|------------------------------------------------------------------------------------|
 | `code/`, `data.pkl` | the scripted `Potential` or `Ensemble`; its contract stands in `mlff_engines.graph` |
-| `extra/golden.json` | small structures with the energies, forces and virials of the eager float64 model  |
+| `extra/golden.json` | small structures with what the eager float64 model says of them                    |
 | `extra/mlff.json`   | the `Manifest`; its `sha256` covers all the rest of the archive                    |
 
 A TorchScript file is a program. The manifest is read, and every hash checked, before any of it is executed.
@@ -35,9 +35,10 @@ from mlff_engines.evaluator import Evaluator
 from mlff_engines.files import replacing
 from mlff_engines.graph import Graph
 from mlff_engines.kernels import FUSED, available, fuse, load_operators, memory
+from mlff_engines.models.jump import JumpTerms
 from mlff_engines.models.registry import build_model, model_config
 from mlff_engines.potential import Ensemble, Potential
-from mlff_engines.structure import Result, Structure
+from mlff_engines.structure import FloatArray, Result, Structure
 
 SCHEMA = 1
 MANIFEST = "mlff.json"
@@ -63,7 +64,8 @@ class Manifest(Config):
     """What an artifact says of itself."""
 
     schema_version: int
-    kind: Literal["potential"] = "potential"
+    kind: Literal["potential", "jump"] = "potential"
+    jump: JumpTerms | None = Field(None, description="what a jump is tied to; absent for a potential")
     architecture: str
     models: list[dict[str, Any]] = Field(min_length=1, description="hyper-parameters, one entry per member")
     units: Units
@@ -81,6 +83,10 @@ class Manifest(Config):
     kernel: Kernel = Field("torch", description="whether the program calls an operator of mlff_engines.kernels")
     torch_version: str
     sha256: str = Field("", description="of all else in the archive")
+
+    def content(self) -> dict[str, Any]:
+        """As plain values; that of a potential does not speak of jumps, so that older versions can read it."""
+        return self.model_dump(mode="json", exclude={"jump"} if self.jump is None else None)
 
     @property
     def members(self) -> int:
@@ -128,6 +134,24 @@ class Golden(StructureRecord):
         }
 
 
+class GoldenJump(StructureRecord):
+    """A structure that moves, and the jump that the eager float64 model makes of it."""
+
+    name: str
+    velocities: list[list[float]]
+    temperature: float
+    dx: list[list[float]]
+    dv: list[list[float]]
+
+    def deviation(self, dx: FloatArray, dv: FloatArray) -> dict[str, float]:
+        """Largest differences of dx and dv, relative to the largest dx and dv."""
+        pairs = {"dx": (dx, self.dx), "dv": (dv, self.dv)}
+        return {
+            name: float(np.abs(found - np.reshape(expected, (-1, 3))).max() / np.abs(expected).max())
+            for name, (found, expected) in pairs.items()
+        }
+
+
 class Artifact:
     """A loaded artifact. Make one with `load`.
 
@@ -145,10 +169,7 @@ class Artifact:
 
     def __call__(self, graph: Graph) -> Graph:
         """Run the module under the contract of `mlff_engines.graph`."""
-        # the optimising executor recompiles for each new shape, tens of milliseconds at a time, and gains nothing
-        with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
-            out: Graph = self.module(graph)
-            return out
+        return execute(self.module, graph)
 
     def evaluator(self, *, skin: float = 0.5, outside: str = "warn") -> Evaluator:
         """A new `Evaluator` of this artifact, with a neighbour list of its own."""
@@ -202,6 +223,19 @@ class Artifact:
         return found
 
 
+def execute(module: nn.Module, graph: Graph) -> Graph:
+    """What `module`, scripted or not, makes of `graph`."""
+    # the optimising executor recompiles for each new shape, tens of milliseconds at a time, and gains nothing
+    with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
+        try:
+            out: Graph = module(graph)
+        except RuntimeError as error:
+            if "KeyboardInterrupt" in str(error):  # torch turns one that comes amid its own work into an error
+                raise KeyboardInterrupt from None
+            raise
+        return out
+
+
 def script(potential: nn.Module) -> nn.Module:
     """The TorchScript form of an eager `Potential` or `Ensemble` in evaluation mode."""
     with _no_deprecation():
@@ -209,28 +243,32 @@ def script(potential: nn.Module) -> nn.Module:
     return scripted
 
 
-def save(path: Path, scripted: nn.Module, manifest: Manifest, golden: Sequence[Golden]) -> Manifest:
+def save(path: Path, scripted: nn.Module, manifest: Manifest, golden: Sequence[Golden | GoldenJump]) -> Manifest:
     """Write an artifact atomically; returns the manifest with its hash."""
     extra = {GOLDEN: json.dumps([g.model_dump() for g in golden])}
     with replacing(path) as temporary:
         with _no_deprecation():
             torch.jit.save(scripted, str(temporary), _extra_files=extra)
         with zipfile.ZipFile(temporary, "a") as archive:
-            digest = _digest(archive, manifest.model_dump(mode="json"))
+            digest = _digest(archive, manifest.content())
             manifest = manifest.model_copy(update={"sha256": digest})
             root = archive.namelist()[0].split("/")[0]
-            archive.writestr(f"{root}/extra/{MANIFEST}", manifest.model_dump_json(indent=1))
+            archive.writestr(f"{root}/extra/{MANIFEST}", json.dumps(manifest.content(), indent=1))
     return manifest
 
 
-def recast(path: Path, out: Path, dtype: Dtype | None = None, kernel: Kernel = "torch") -> None:
+def recast(
+    path: Path, out: Path, dtype: Dtype | None = None, kernel: Kernel = "torch", *, overwrite: bool = False
+) -> Artifact:
     """Write the artifact at `path` in another dtype, or for another kernel: for engines that take a program as it is.
 
     Weights are those of `path`; so a float64 copy of a float32 artifact is that artifact without its rounding.
 
     Raises:
-        ArtifactError: as `load`.
+        ArtifactError: as `load`; also if `out` exists.
     """
+    if out.exists() and not overwrite:
+        raise ArtifactError(f"{out} exists; choose another name or pass --overwrite")
     loaded = load(path, dtype=dtype, kernel=kernel)
     dtype = dtype or loaded.manifest.dtype
     golden = loaded.golden
@@ -239,6 +277,7 @@ def recast(path: Path, out: Path, dtype: Dtype | None = None, kernel: Kernel = "
         golden = [Golden.record(g.name, g.structure, evaluate(g.structure)) for g in golden]
     module = loaded.module if isinstance(loaded.module, torch.jit.ScriptModule) else script(loaded.module)
     save(out, module, loaded.manifest.model_copy(update={"dtype": dtype, "kernel": kernel}), golden)
+    return load(out, kernel=kernel)
 
 
 def inspect(path: Path | str) -> Manifest:
@@ -271,25 +310,17 @@ def load(
     if kernel not in KERNELS:
         raise ArtifactError(f"kernel {kernel!r}{suggest(kernel, KERNELS)}")
     manifest, golden = _read(path)
-    try:
-        device = torch.device(device)
-    except RuntimeError:
-        raise ArtifactError(f"unknown device {device!r}; allowed: cpu, cuda, cuda:1, ...") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ArtifactError(f"device {device} was asked for but this torch {torch.__version__} sees no CUDA: use cpu")
-    if dtype is not None and dtype not in DTYPES:
-        raise ArtifactError(f"dtype {dtype!r}; allowed: {', '.join(DTYPES)}")
+    if manifest.kind != "potential":
+        raise ArtifactError(f"{path} is a {manifest.kind}, not a potential: mlff_ase.KStepDynamics runs it")
+    device = _device(device, dtype)
     if "fused" in (manifest.kernel, kernel):
         try:
             load_operators()
         except MissingEngineError as error:
             raise ArtifactError(f"{path} cannot run its fused kernel: {error}. {_WITHOUT[manifest.kernel]}") from None
-    try:
-        with _no_deprecation():
-            module = torch.jit.load(str(path), map_location=device)
-    except RuntimeError as error:
-        raise ArtifactError(_explain_load_failure(path, manifest, error)) from error
-    artifact = Artifact(manifest, golden, module.eval(), device)
+    artifact = Artifact(
+        manifest, [g for g in golden if isinstance(g, Golden)], _program(path, manifest, device), device
+    )
     _choose(artifact, dtype or manifest.dtype, kernel)
     if _release(torch.__version__) != _release(manifest.torch_version):
         warnings.warn(
@@ -299,6 +330,44 @@ def load(
         )
         artifact.verify()
     return artifact
+
+
+def load_jump(
+    path: Path, device: str | torch.device, dtype: Dtype | None
+) -> tuple[Manifest, list[GoldenJump], nn.Module, torch.device]:
+    """Manifest, golden vectors and program of a jump, for `mlff_engines.kstep.learned`.
+
+    Raises:
+        ArtifactError: as `load`; also another kind of artifact.
+    """
+    manifest, golden = _read(path)
+    if manifest.kind != "jump":
+        raise ArtifactError(f"{path} is a {manifest.kind}, not a jump")
+    device = _device(device, dtype)
+    module = _program(path, manifest, device)
+    _cast(module, dtype or manifest.dtype, manifest.dtype)
+    return manifest, [g for g in golden if isinstance(g, GoldenJump)], module, device
+
+
+def _device(device: str | torch.device, dtype: Dtype | None) -> torch.device:
+    try:
+        device = torch.device(device)
+    except RuntimeError:
+        raise ArtifactError(f"unknown device {device!r}; allowed: cpu, cuda, cuda:1, ...") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ArtifactError(f"device {device} was asked for but this torch {torch.__version__} sees no CUDA: use cpu")
+    if dtype is not None and dtype not in DTYPES:
+        raise ArtifactError(f"dtype {dtype!r}; allowed: {', '.join(DTYPES)}")
+    return device
+
+
+def _program(path: Path, manifest: Manifest, device: torch.device) -> nn.Module:
+    try:
+        with _no_deprecation():
+            module: nn.Module = torch.jit.load(str(path), map_location=device)
+    except RuntimeError as error:
+        raise ArtifactError(_explain_load_failure(path, manifest, error)) from error
+    return module.eval()
 
 
 _WITHOUT: dict[Kernel, str] = {
@@ -317,7 +386,10 @@ def _choose(artifact: Artifact, dtype: Dtype, kernel: str) -> None:
         raise ArtifactError(f"there is no fused kernel for {what}: use kernel='auto' or 'torch'")
     wanted: Kernel = "fused" if kernel != "torch" and on_cpu and not missing and available() else "torch"
     if manifest.kernel == "torch" and dtype != manifest.dtype:
-        _cast(artifact, dtype)
+        _cast(artifact.module, dtype, manifest.dtype)
+        artifact.dtype = DTYPES[dtype]
+        if dtype == "float64":  # isolated atoms were evaluated in float32
+            artifact.module.load_state_dict(artifact.eager().state_dict())
     if wanted == manifest.kernel and (wanted == "torch" or dtype == manifest.dtype):
         return
     potential = artifact.eager()
@@ -334,7 +406,7 @@ def _choose(artifact: Artifact, dtype: Dtype, kernel: str) -> None:
     artifact.module, artifact.dtype, artifact.kernel = module, DTYPES[dtype], wanted
 
 
-def _read(path: Path) -> tuple[Manifest, list[Golden]]:
+def _read(path: Path) -> tuple[Manifest, list[Golden | GoldenJump]]:
     if not path.exists():
         raise ArtifactError(
             f"no artifact at {path}; make one with: mlff-export CHECKPOINT -o {path.with_suffix('.pt').name}"
@@ -374,7 +446,9 @@ def _read(path: Path) -> tuple[Manifest, list[Golden]]:
                 )
             manifest = parse(Manifest, content, f"manifest of {path}")
             digest = _digest(archive, content)
-            golden = [Golden.model_validate(g) for g in json.loads(archive.read(members[f"extra/{GOLDEN}"]))]
+            records = json.loads(archive.read(members[f"extra/{GOLDEN}"]))
+            recorded: type[Golden | GoldenJump] = Golden if manifest.jump is None else GoldenJump
+            golden = [recorded.model_validate(g) for g in records]
         except ConfigError as error:
             raise ArtifactError(f"{error}. Export the artifact again from its checkpoint") from None
         except (zipfile.BadZipFile, KeyError, ValueError) as error:
@@ -413,16 +487,13 @@ def _explain_load_failure(path: Path, manifest: Manifest, error: RuntimeError) -
     )
 
 
-def _cast(artifact: Artifact, dtype: Dtype) -> None:
-    for name, tensor in [*artifact.module.named_parameters(), *artifact.module.named_buffers()]:
-        # energy references are float64 in every artifact
-        if tensor.is_floating_point() and ".reference." not in name:
+def _cast(module: nn.Module, dtype: Dtype, own: Dtype) -> None:
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        # references are float64 in every artifact
+        if tensor.is_floating_point() and "reference" not in name.split("."):
             tensor.data = tensor.data.to(DTYPES[dtype])
             if not tensor.data.isfinite().all():
-                raise ArtifactError(f"{name} is not finite in {dtype}: use the artifact in {artifact.manifest.dtype}")
-    artifact.dtype = DTYPES[dtype]
-    if dtype == "float64":  # isolated atoms were evaluated in float32
-        artifact.module.load_state_dict(artifact.eager().state_dict())
+                raise ArtifactError(f"{name} is not finite in {dtype}: use the artifact in {own}")
 
 
 def _release(version: str) -> str:

@@ -17,11 +17,12 @@ import yaml
 from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
+from torch import Tensor
 
-from mlff_engines.config import Config, load_yaml
+from mlff_engines.config import Config, load_yaml, parse
 from mlff_engines.errors import ArtifactError
 from mlff_engines.files import replacing, sha256_of
-from mlff_engines.models.base import AtomicModel
+from mlff_engines.models.jump import JumpConfig, JumpModel, JumpTerms
 from mlff_engines.models.registry import ModelConfig, build_model, model_config
 from mlff_engines.potential import Potential
 from mlff_engines.structure import Structure
@@ -76,6 +77,7 @@ class CheckpointConfig(Config):
 
     schema_version: int = SCHEMA
     model: dict[str, Any] = Field(description="architecture and hyper-parameters")
+    jump: JumpTerms | None = Field(None, description="what a jump is tied to; none for a potential")
     domain: Domain
     structures: list[StructureRecord] = Field(
         default_factory=list, description="some training structures, to try the exported model on"
@@ -87,13 +89,14 @@ class CheckpointConfig(Config):
 
 def save_checkpoint(
     folder: Path,
-    model: AtomicModel,
-    config: ModelConfig,
+    model: torch.nn.Module,
+    config: ModelConfig | JumpConfig,
     domain: Domain,
     training: dict[str, Any],
     structures: Sequence[Structure] = (),
+    jump: JumpTerms | None = None,
 ) -> None:
-    """Write a checkpoint into `folder`, replacing the one that is there."""
+    """Write a checkpoint of an `AtomicModel`, or of a `JumpModel` with its terms, replacing the one in `folder`."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
     data = save(tensors)
     digest = hashlib.sha256(data).hexdigest()
@@ -102,6 +105,7 @@ def save_checkpoint(
         temporary.write_bytes(data)
     content = CheckpointConfig(
         model=config.model_dump(),
+        jump=jump,
         domain=domain,
         structures=[StructureRecord.of(structure) for structure in structures],
         training=training,
@@ -109,7 +113,8 @@ def save_checkpoint(
         sha256=digest,
     )
     with replacing(folder / "config.yaml") as temporary:
-        temporary.write_text(yaml.safe_dump(content.model_dump(), sort_keys=False))
+        exclude = {"jump"} if jump is None else None  # files of potentials stay readable for older versions
+        temporary.write_text(yaml.safe_dump(content.model_dump(exclude=exclude), sort_keys=False))
     for stale in folder.glob("model-*.safetensors"):
         if stale.name != weights:
             stale.unlink()
@@ -120,6 +125,35 @@ def load_checkpoint(folder: Path) -> tuple[Potential, CheckpointConfig]:
 
     Raises:
         ArtifactError: the folder is no checkpoint, its weights are missing, damaged or not those the YAML names.
+    """
+    config, tensors = read_checkpoint(folder)
+    if config.jump is not None:
+        raise ArtifactError(f"{folder} holds a jump of {config.jump.steps} steps, not a potential")
+    elements = config.domain.elements
+    model = build_model(model_config(config.model, str(folder)), elements, dict.fromkeys(elements, 0.0))
+    _fill(model, model.network, tensors, folder)
+    return Potential(model).eval(), config
+
+
+def load_jump_checkpoint(folder: Path) -> tuple[JumpModel, CheckpointConfig]:
+    """The jump in evaluation mode, and what is known about it.
+
+    Raises:
+        ArtifactError: as `load_checkpoint`; also a potential.
+    """
+    config, tensors = read_checkpoint(folder)
+    if config.jump is None:
+        raise ArtifactError(f"{folder} holds a potential, not a jump")
+    model = JumpModel(parse(JumpConfig, config.model, str(folder)), config.jump)
+    _fill(model, model.network, tensors, folder)
+    return model.eval(), config
+
+
+def read_checkpoint(folder: Path) -> tuple[CheckpointConfig, dict[str, Tensor]]:
+    """What the files of a checkpoint say, hashes checked.
+
+    Raises:
+        ArtifactError: as `load_checkpoint`.
     """
     path = folder / "config.yaml"
     if not path.is_file():
@@ -137,25 +171,26 @@ def load_checkpoint(folder: Path) -> tuple[Potential, CheckpointConfig]:
         tensors = load_file(weights)
     except (OSError, SafetensorError) as error:
         raise ArtifactError(f"cannot read the weights {weights}: {error}") from None
-    elements = config.domain.elements
-    model = build_model(model_config(config.model, str(path)), elements, dict.fromkeys(elements, 0.0))
+    return config, tensors
+
+
+def _fill(model: torch.nn.Module, network: torch.nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
     dtypes = {t.dtype for name, t in tensors.items() if name.startswith("network.") and t.is_floating_point()}
     if len(dtypes) == 1:  # else loading would round them to the default
-        model.network.to(dtypes.pop())
+        network.to(dtypes.pop())
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
-        raise ArtifactError(f"{weights} does not fit the model that {path} describes: {error}") from None
-    return Potential(model).eval(), config
+        raise ArtifactError(f"{folder}: the weights file does not fit the model of config.yaml: {error}") from None
 
 
 def set_dtype(potential: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Cast networks to float32 or float64 (energy references stay float64).
+    """Cast networks to float32 or float64 (references stay float64).
 
     Raises:
         ArtifactError: a weight that was finite is not any more.
     """
     potential.to(dtype)
     for name, tensor in potential.state_dict().items():
-        if tensor.is_floating_point() and not name.endswith("e0") and not tensor.isfinite().all():
+        if tensor.is_floating_point() and "reference" not in name.split(".") and not tensor.isfinite().all():
             raise ArtifactError(f"{name} is not finite in {dtype}: export in float64 instead")

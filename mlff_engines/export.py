@@ -13,12 +13,13 @@ from torch import nn
 
 from mlff_engines import artifact
 from mlff_engines.artifact import DTYPES, SCHEMA, Artifact, Dtype, Golden, Kernel, Manifest, Units
-from mlff_engines.checkpoint import CheckpointConfig, Domain, load_checkpoint, set_dtype
+from mlff_engines.checkpoint import CheckpointConfig, Domain, load_checkpoint, read_checkpoint, set_dtype
 from mlff_engines.errors import ArtifactError
 from mlff_engines.evaluator import Evaluator
 from mlff_engines.files import replacing
 from mlff_engines.graph import OUTPUTS
 from mlff_engines.kernels import FUSED, fuse, load_operators
+from mlff_engines.kstep.learned import LearnedJump, export_jump
 from mlff_engines.models.base import AtomicModel
 from mlff_engines.models.registry import model_config
 from mlff_engines.potential import Ensemble, Potential
@@ -120,6 +121,31 @@ def export(
         made = artifact.load(temporary, device, kernel=kernel)
         made.verify()
     return made
+
+
+def export_any(
+    checkpoints: Sequence[Path],
+    out: Path,
+    *,
+    dtype: Dtype = "float32",
+    device: str = "cpu",
+    structures: Sequence[Structure] = (),
+    overwrite: bool = False,
+    kernel: Kernel = "torch",
+) -> Artifact | LearnedJump:
+    """`export`, or `export_jump` where the checkpoint is that of a jump.
+
+    Raises:
+        ArtifactError: as these; also several jumps, or a kernel or structures for one.
+    """
+    jumps = [folder for folder in checkpoints if read_checkpoint(folder)[0].jump is not None]
+    if not jumps:
+        return export(
+            checkpoints, out, dtype=dtype, device=device, structures=structures, overwrite=overwrite, kernel=kernel
+        )
+    if len(checkpoints) > 1 or structures or kernel != "torch":
+        raise ArtifactError(f"{jumps[0]} is a jump: it is exported alone, without --check and with --kernel torch")
+    return export_jump(jumps[0], out, dtype=dtype, device=device, overwrite=overwrite)
 
 
 def _common_domain(folders: Sequence[Path], configs: Sequence[CheckpointConfig]) -> Domain:

@@ -71,8 +71,18 @@ class AtomicModel(nn.Module):
         return self
 
 
-class EnergyReference(nn.Module):
-    """E0, shift, scale and the isolated-atom outputs; always float64."""
+class Float64(nn.Module):
+    """A module whose floats stay float64 when the model around it is cast. Give it the name `reference` there."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # follow to another device, never to another dtype: float32 would lose the digits of large totals
+        return super()._apply(  # type: ignore[no-untyped-call]
+            lambda t: t.to(fn(t).device), recurse
+        )
+
+
+class EnergyReference(Float64):
+    """E0, shift, scale and the isolated-atom outputs."""
 
     def __init__(self, elements: Sequence[str], e0: Mapping[str, float], scale: float, shift: float) -> None:
         super().__init__()
@@ -88,12 +98,6 @@ class EnergyReference(nn.Module):
     def forward(self, y: Tensor, numbers: Tensor) -> Tensor:
         """Energies (N,) in eV, float64, from the raw output `y` above that of the isolated atoms."""
         return self.e0.index_select(0, numbers) + self.shift + self.scale * y.double()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        # follow to another device, never to another dtype: float32 would lose the digits of large totals
-        return super()._apply(  # type: ignore[no-untyped-call]
-            lambda t: t.to(fn(t).device), recurse
-        )
 
 
 def with_isolated_atoms(graph: Graph, elements: Tensor) -> Graph:

@@ -13,8 +13,10 @@ from openmmml.mlpotential import MLPotentialImpl, MLPotentialImplFactory
 
 from mlff_engines.errors import ConfigError, suggest
 from mlff_openmm.force import NAME, MLFFForce
+from mlff_openmm.kstep.corrector import add_corrected
 
 OPTIONS = frozenset(inspect.signature(MLFFForce).parameters) - {"path", "topology", "atoms"}
+CORRECTOR = "corrector"
 EMBEDDING_OPTIONS = frozenset({"linkAtomDistances"})  # of createMixedSystem itself, which hands on all that it got
 
 
@@ -28,7 +30,7 @@ class MLFFPotentialImplFactory(MLPotentialImplFactory):
             ConfigError: no model, or an unknown option.
             ArtifactError: see `mlff_engines.artifact.inspect`.
         """
-        _refuse_unknown(args, OPTIONS | {"model"})
+        _refuse_unknown(args, OPTIONS | {"model", CORRECTOR})
         if model is None:
             raise ConfigError(f'{name} needs an artifact: MLPotential("{name}", model="student.pt")')
         return MLFFPotentialImpl(Path(model), args)
@@ -38,6 +40,10 @@ class MLFFPotentialImpl(MLPotentialImpl):
     """Adds an `MLFFForce` to the Systems of `createSystem` and `createMixedSystem`.
 
     Both take the options of `MLFFForce` (charge, spin, device, ...); `charge` and `spin` are those of the ML atoms.
+    `createSystem` takes a `corrector` besides, the true potential that the student stands for: then the student is in
+    force group 0 and true minus student in group 1, for `mlff_openmm.hybrid_integrator`. See
+    `mlff_openmm.kstep.corrector` for what it can be.
+
     OpenMM knows molecules by their classical bonds, and the ML atoms have none among themselves: reporters with
     `enforcePeriodicBox=True`, the default in a box, wrap each by itself.
     """
@@ -58,7 +64,8 @@ class MLFFPotentialImpl(MLPotentialImpl):
             MLFFError: see `MLFFForce`.
         """
         chosen = None if atoms is None else list(atoms)
-        _refuse_unknown(args, OPTIONS if chosen is None else OPTIONS | EMBEDDING_OPTIONS)
+        corrector = args.get(CORRECTOR, self.options.get(CORRECTOR))
+        _refuse_unknown(args, OPTIONS | {CORRECTOR} if chosen is None else OPTIONS | {CORRECTOR} | EMBEDDING_OPTIONS)
         if system.usesPeriodicBoundaryConditions() and topology.getPeriodicBoxVectors() is None:
             raise ConfigError(
                 "the System is periodic and its Topology has no box; call topology.setPeriodicBoxVectors(...) first"
@@ -66,6 +73,11 @@ class MLFFPotentialImpl(MLPotentialImpl):
         options = {name: value for name, value in (self.options | args).items() if name in OPTIONS}
         force = MLFFForce(self.model, topology, atoms=chosen, **options)
         _refuse_overlap(system, chosen)
+        if corrector is not None:
+            if chosen is not None:
+                raise ConfigError("a corrector is the true potential of the whole System: use createSystem with it")
+            add_corrected(system, topology, force, corrector)
+            return
         force.setForceGroup(forceGroup)
         system.addForce(force)
 

@@ -10,8 +10,9 @@ from typing import Any
 import click
 import yaml
 
-from mlff_engines.config import Config, describe_keys, load_yaml
+from mlff_engines.config import load_yaml
 from mlff_engines.errors import ConfigError
+from mlff_engines.options import keys_option, output_option, path_argument
 from mlff_training.data.checks import check_frames
 from mlff_training.data.formats import convert, describe, read
 from mlff_training.distill import DistillConfig, smoke
@@ -20,31 +21,6 @@ from mlff_training.sampling.sample import sample as run_sample
 from mlff_training.student import StudentConfig, load_data, train_student
 from mlff_training.teachers.labelling import label as run_label
 from mlff_training.trial import Trial
-
-path_argument = click.Path(path_type=Path)
-output_option = click.option("-o", "--out", required=True, type=path_argument, help="Where the result goes.")
-
-
-def _print_keys(kind: type[Config]) -> Callable[[click.Context, click.Parameter, bool], None]:
-    def callback(context: click.Context, _: click.Parameter, asked: bool) -> None:
-        if asked:
-            click.echo("\n".join(describe_keys(kind)))
-            context.exit()
-
-    return callback
-
-
-def keys_option(kind: type[Config]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """``--keys``: every key of the configuration file, its default and meaning."""
-    return click.option(
-        "--keys",
-        is_flag=True,
-        is_eager=True,
-        expose_value=False,
-        callback=_print_keys(kind),
-        help="List every key of CONFIG with its default and meaning.",
-    )
-
 
 change_option = click.option(
     "--allow-config-change", is_flag=True, help="Resume although the configuration differs from the saved one."

@@ -7,7 +7,10 @@ import itertools
 import numpy as np
 import vesin
 
+from mlff_engines.errors import StructureError
 from mlff_engines.structure import BoolArray, FloatArray, IntArray, Structure
+
+FARTHEST = 1e7  # Å
 
 
 def neighbor_list(
@@ -105,6 +108,12 @@ def candidates(positions: FloatArray, cell: FloatArray, pbc: BoolArray, cutoff: 
     """Pairs (2, E) and their lattice shifts S (E, 3), zero along axes that are not periodic; see `neighbor_list`."""
     if not len(positions):
         return np.zeros((2, 0), dtype=np.int64), np.zeros((0, 3))
+    far = int(np.abs(positions).max(axis=1).argmax())
+    if np.abs(positions[far]).max() > FARTHEST:  # the search would end the process
+        raise StructureError(
+            f"atom {far} is at {positions[far].tolist()} Å; allowed: up to {FARTHEST:g} Å from the origin. "
+            "The dynamics that led here has probably exploded"
+        )
     search = vesin.NeighborList(cutoff=cutoff, full_list=True, sorted=False, n_threads=1)
     pairs, shift = search.compute(positions, _complete_cell(cell, pbc), pbc, "PS")
     centre, neighbour = pairs.T.astype(np.int64)

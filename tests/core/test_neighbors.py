@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from mlff_engines.errors import StructureError
 from mlff_engines.neighbors import VerletList, neighbor_list, neighbor_list_reference
 from mlff_engines.structure import Structure
 from mlff_engines.validation.static.neighbor_cases import wrong_edges
@@ -172,3 +173,11 @@ def test_edges_are_those_of_a_new_search_to_the_last_bit(changing_cell: bool) ->
     for frame in alone:
         index, _ = neighbors.update(frame)
         np.testing.assert_array_equal(index, neighbor_list(frame.positions, frame.cell, frame.pbc, 3.0)[0])
+
+
+@pytest.mark.parametrize("pbc", [False, True])
+def test_atoms_that_flew_away_are_named(pbc: bool) -> None:
+    """The search itself would end the process with a floating point exception."""
+    positions = np.array([[0.0, 0, 0], [3.5e8, 5e3, -2e4]])
+    with pytest.raises(StructureError, match="probably exploded"):
+        neighbor_list(positions, 12.0 * np.eye(3), np.full(3, pbc), 5.0)

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from mlff_engines.validation.builtin import System
     from mlff_engines.validation.run import Mode
 
-# name -> (module, attribute, extra that it needs, line in the list of commands)
-ELSEWHERE: dict[str, tuple[str, str, str, str]] = {
+Place = tuple[str, str, str, str]  # module, attribute, extra that it needs, line in the list of commands
+ELSEWHERE: dict[str, Place] = {
     "distill": (
         "mlff_training.commands",
         "distill",
@@ -36,14 +36,22 @@ ELSEWHERE: dict[str, tuple[str, str, str, str]] = {
     "train": ("mlff_training.commands", "train", "train", "Train a student on labelled structures."),
     "data": ("mlff_training.commands", "data", "train", "Convert and describe data sets."),
     "lammps": ("mlff_lammps.commands", "lammps", "lammps", "Build the plug-in or LAMMPS itself, run decks."),
+    "bench": ("mlff_engines.bench.commands", "bench", "validation", "Time students and other packages side by side."),
+    "import": ("mlff_engines.foreign.commands", "import_model", "all", "Checkpoints from other packages' models."),
+}
+KSTEP: dict[str, Place] = {
+    "prepare": ("mlff_openmm.kstep.commands", "prepare", "kstep", "SMILES to PDB files and OpenMM Systems."),
+    "simulate": ("mlff_openmm.kstep.commands", "simulate", "kstep", "Trajectories to learn jumps from."),
+    "dataset": ("mlff_training.kstep.commands", "dataset", "train", "Pairs of states some steps apart."),
+    "train": ("mlff_training.kstep.commands", "train", "train", "Train jumps on such pairs."),
 }
 
 
 class LazyCommand(click.Command):
     """Stands for a command of another package until it is called."""
 
-    def __init__(self, name: str) -> None:
-        module, attribute, extra, line = ELSEWHERE[name]
+    def __init__(self, name: str, place: Place) -> None:
+        module, attribute, extra, line = place
         super().__init__(name, short_help=line, add_help_option=False)
         self.target = (module, attribute, extra)
 
@@ -94,8 +102,22 @@ def mlff() -> None:
     """
 
 
-for _name in ELSEWHERE:
-    mlff.add_command(LazyCommand(_name))
+@mlff.group(cls=Commands)
+def kstep() -> None:
+    """Large steps: learn jumps of several time steps, and correct them by true forces.
+
+    \b
+    Each stage goes on where it was stopped:
+      mlff kstep prepare examples/kstep/molecules.smi examples/kstep/md.yaml -o runs/kstep/systems
+      mlff kstep simulate runs/kstep/systems examples/kstep/md.yaml -o runs/kstep/trajectories
+      mlff kstep dataset runs/kstep/trajectories -o runs/kstep/pairs
+      mlff kstep train runs/kstep/pairs --model model.yaml --train train.yaml -o runs/kstep/jumps
+    """
+
+
+for _group, _places in ((mlff, ELSEWHERE), (kstep, KSTEP)):
+    for _name, _place in _places.items():
+        _group.add_command(LazyCommand(_name, _place))
 
 
 @mlff.command("inspect")
@@ -113,7 +135,10 @@ def inspect_artifact(artifact: Path, as_json: bool) -> None:
     ensemble = f", ensemble of {manifest.members}" if manifest.members > 1 else ""
     rows = {
         "model": f"{manifest.architecture}{ensemble}, {manifest.dtype}",
-        "elements": ", ".join(f"{symbol} (E0 {manifest.e0[symbol]:.4f} eV)" for symbol in domain.elements),
+        "elements": ", ".join(
+            f"{symbol} (E0 {manifest.e0[symbol]:.4f} eV)" if symbol in manifest.e0 else symbol
+            for symbol in domain.elements
+        ),
         "cutoff": f"{manifest.cutoff:g} Å, {manifest.layers} layers: range {manifest.cutoff * manifest.layers:g} Å",
         "units": f"{manifest.units.length}, {manifest.units.energy}",
         "charges": f"{domain.charges} ({'an input' if manifest.takes_charge else 'fixed'})",
@@ -123,6 +148,8 @@ def inspect_artifact(artifact: Path, as_json: bool) -> None:
         "made with": f"torch {manifest.torch_version}, kernel {manifest.kernel}",
         "sha256": manifest.sha256,
     }
+    if manifest.jump is not None:
+        rows |= {name: str(value) for name, value in manifest.jump.model_dump().items()}
     for name, value in rows.items():
         click.echo(f"{name:20s}{value}")
     for member in manifest.training:
@@ -140,9 +167,11 @@ def _training_line(training: dict[str, Any]) -> str:
 @click.option("--device", default="cpu", show_default=True)
 def verify(artifact: Path, device: str) -> None:
     """Replay ARTIFACT's golden vectors here: the same energies, forces and virials as where it was made."""
-    from mlff_engines.artifact import load
+    from mlff_engines.artifact import inspect, load
+    from mlff_engines.kstep.learned import LearnedJump
 
-    loaded = load(artifact, device)
+    jump = inspect(artifact).kind == "jump"
+    loaded = LearnedJump.load(artifact, device) if jump else load(artifact, device)
     for name, deviations in loaded.verify().items():
         click.echo(f"{name:24s}" + "  ".join(f"{what} {value:.1e}" for what, value in deviations.items()))
     click.echo(f"{artifact}: {len(loaded.golden)} golden vectors reproduced")
@@ -167,7 +196,7 @@ def verify(artifact: Path, device: str) -> None:
 @click.option(
     "--length",
     type=click.FloatRange(min=0, min_open=True),
-    default=50.0,
+    default=100.0,
     show_default=True,
     help="Of each replica in --full, ps.",
 )
@@ -253,7 +282,9 @@ def _read_structures(path: Path, option: str) -> list[Structure]:
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("checkpoints", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The artifact to write.")
-@click.option("--dtype", type=click.Choice(["float32", "float64"]), default="float32", show_default=True)
+@click.option(
+    "--dtype", type=click.Choice(["float32", "float64"]), help="Default: float32, or that of the artifact given."
+)
 @click.option("--device", default="cpu", show_default=True, help="Device it is saved for; loading remaps it.")
 @click.option("--check", type=click.Path(path_type=Path), help="A structure file to compare artifact and model on.")
 @click.option(
@@ -272,7 +303,7 @@ def _read_structures(path: Path, option: str) -> list[Structure]:
 def mlff_export(
     checkpoints: tuple[Path, ...],
     out: Path,
-    dtype: Dtype,
+    dtype: Dtype | None,
     device: str,
     check: Path | None,
     kernel: Kernel,
@@ -283,26 +314,34 @@ def mlff_export(
 
     Several CHECKPOINTS become an ensemble with uncertainties. Every engine runs the artifact as it is, except LAMMPS'
     `pair_style mliap unified`, which loads a file made with --engine lammps-mliap.
+
+    An artifact in place of CHECKPOINTS is written again, in another --dtype or for another --kernel.
     """
-    from mlff_engines.export import export as export_artifact
+    from mlff_engines.artifact import inspect, recast
+    from mlff_engines.export import export_any
 
     structures = [] if check is None else _read_structures(check, "--check")
     artifact = out if engine is None else out.with_suffix(".pt")
-    if engine is not None and len(checkpoints) == 1 and checkpoints[0].is_file():
-        artifact = checkpoints[0]
-    else:
-        made = export_artifact(
+    given = checkpoints[0] if len(checkpoints) == 1 and checkpoints[0].is_file() else None
+    made = None
+    if given is None:
+        made = export_any(
             checkpoints,
             artifact,
-            dtype=dtype,
+            dtype=dtype or "float32",
             device=device,
             structures=structures,
             overwrite=overwrite,
             kernel=kernel,
         )
+    elif engine is None:
+        made = recast(given, artifact, dtype, kernel, overwrite=overwrite)
+    else:
+        artifact = given
+    if made is not None:
         for name, deviations in made.verify().items():
             click.echo(f"{name:24s}" + "  ".join(f"{what} {value:.1e}" for what, value in deviations.items()))
-        click.echo(f"{artifact}: {made.manifest.dtype}, as the float64 model on {len(made.golden)} structures")
+        click.echo(f"{artifact}: {inspect(artifact).dtype}, as the float64 model on {len(made.golden)} structures")
     if engine is not None:
         importlib.import_module("mlff_lammps.mliap").write_mliap(artifact, out, overwrite=overwrite)
         click.echo(f"{out}: for pair_style mliap unified {out} 1; it names {artifact}, which must stay where it is")

@@ -92,7 +92,7 @@ def validate(
     engines: Sequence[str] = ("ase",),
     systems: Sequence[System] = (),
     mode: Mode = "quick",
-    length: float = 50.0,
+    length: float = 100.0,
     device: str = "cpu",
     seed: int = 0,
     overwrite: bool = False,

@@ -72,3 +72,6 @@ def test_a_missing_engine_is_named(student: Path, tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(trial, "try_engine", never)
     assert try_student(student, [molecule("H2O")], TeacherConfig(), config, tmp_path) == found
+    (tmp_path / "trial.json").write_text('{"artifact_sha256": "written by another version"}')
+    with pytest.raises(AssertionError, match="tried again"):
+        try_student(student, [molecule("H2O")], TeacherConfig(), config, tmp_path)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from ase import Atoms
 from ase.neighborlist import natural_cutoffs, neighbor_list
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from mlff_engines.artifact import load
 from mlff_engines.config import Config
@@ -78,9 +79,10 @@ def try_student(
     manifest = load(artifact).manifest
     report = folder / "trial.json"
     if report.exists():
-        done = Trial.model_validate_json(report.read_text())
-        if done.artifact_sha256 == manifest.sha256 and {*done.engines, *done.missing} == {*config.engines}:
-            return done
+        with suppress(ValidationError):  # of another version: tried anew
+            done = Trial.model_validate_json(report.read_text())
+            if done.artifact_sha256 == manifest.sha256 and {*done.engines, *done.missing} == {*config.engines}:
+                return done
     test = teacher_trajectories(start, teacher, config, folder)
     student = load(artifact).evaluator(outside="ignore")
     rows = {temperature: compare(student, frames) for temperature, frames in test.items()}

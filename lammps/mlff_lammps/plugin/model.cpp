@@ -161,7 +161,7 @@ Model::Model(const std::string &path, const Options &chosen, int local_rank) :
   }
   if (manifest.fused && !options.dtype.empty() && options.dtype != manifest.dtype)
     throw Error("dtype " + options.dtype + ": the tables of a fused kernel are for one dtype, and those of " + path +
-                " for " + manifest.dtype + ". Export it again: mlff-export CHECKPOINT --kernel fused --dtype " +
+                " for " + manifest.dtype + ". Export it again: mlff-export ARTIFACT --kernel fused --dtype " +
                 options.dtype + " -o student.pt");
   if (manifest.fused) load_kernels(path);
   impl->device = device_for(options.device, local_rank);

@@ -126,7 +126,7 @@ void PairMLFF::settings(int narg, char **arg)
                    " and runs on " + model->running_torch + "; check it with: mlff verify " + arg[0]);
   if (comm->me == 0 && options.device == "cpu" && manifest.could_be_fused && !manifest.fused)
     utils::logmesg(lmp, std::string("pair_style mlff: ") + arg[0] + " runs in plain torch. On CPUs it is several times "
-                   "faster with the fused kernel: mlff-export CHECKPOINT --kernel fused -o student.pt\n");
+                   "faster with the fused kernel: mlff-export ARTIFACT --kernel fused -o fused.pt\n");
   // neighbours of ghosts carry the messages of the layers after the first
   ghostneigh = comm->nprocs > 1 && manifest.layers > 1;
   if (allocated)    // another artifact: its elements must be named anew

@@ -55,6 +55,9 @@ pages: $(INSTALLED) ## write docs/faults.md and docs/conformance.md anew from th
 	$(BIN)/python tests/faults.py --write
 	PYTHONPATH=tests $(BIN)/python tests/conformance_page.py --write
 
+bench: $(INSTALLED) ## the speed tables of docs/benchmarks.md, other packages included; run again to resume
+	$(BIN)/mlff bench -o runs/bench --peers schnetpack,mace,nequip,so3krates --page docs/benchmarks.md
+
 accuracy: $(INSTALLED) ## the accuracy figures of docs/benchmarks.md: 90 minutes per data set; run again to resume
 	for name in $(BENCH); do $(BIN)/mlff train examples/benchmarks/$$name.yaml -o runs/$$name || exit 1; done
 

@@ -63,7 +63,10 @@ def test_every_command_has_help(name: str, capsys: Capture) -> None:
     ("args", "message"),
     [
         (["inspct", "x"], "no command 'inspct'; did you mean 'inspect'?"),
-        (["qqq"], "no command 'qqq'; allowed: bench, data, distill, import, inspect, kstep, label, lammps, sample, train, validate, verify"),
+        (
+            ["qqq"],
+            "allowed: bench, data, distill, import, inspect, kstep, label, lammps, sample, train, validate, verify",
+        ),
         (["inspect", "x", "--jsn"], "--json"),
         (["verify", "x", "--devise", "cpu"], "--device"),
     ],

@@ -1,0 +1,1 @@
+"""Other packages' models: their environments, and their weights in our architectures."""

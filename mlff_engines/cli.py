@@ -44,6 +44,10 @@ KSTEP: dict[str, Place] = {
     "simulate": ("mlff_openmm.kstep.commands", "simulate", "kstep", "Trajectories to learn jumps from."),
     "dataset": ("mlff_training.kstep.commands", "dataset", "train", "Pairs of states some steps apart."),
     "train": ("mlff_training.kstep.commands", "train", "train", "Train jumps on such pairs."),
+    "student": ("mlff_training.kstep.commands", "student", "train", "Train a force field on the same trajectories."),
+    "run": ("mlff_openmm.kstep.commands", "run", "kstep", "All variants and baselines from the same starts."),
+    "evaluate": ("mlff_engines.validation.reports.large_steps", "evaluate", "validation", "Judge these runs."),
+    "pipeline": ("mlff_engines.kstep.pipeline", "pipeline", "kstep", "All of these, as one file says."),
 }
 
 
@@ -112,6 +116,8 @@ def kstep() -> None:
       mlff kstep simulate runs/kstep/systems examples/kstep/md.yaml -o runs/kstep/trajectories
       mlff kstep dataset runs/kstep/trajectories -o runs/kstep/pairs
       mlff kstep train runs/kstep/pairs --model model.yaml --train train.yaml -o runs/kstep/jumps
+    All stages for two molecules, and their report:
+      mlff kstep pipeline examples/kstep.yaml -o runs/kstep
     """
 
 
@@ -192,6 +198,7 @@ def verify(artifact: Path, device: str) -> None:
 @click.option(
     "--quick", "mode", flag_value="quick", default="quick", help="Static checks and M1-M3: minutes (default)."
 )
+@click.option("--only", default="", help="Comma-separated codes of checks, such as S1,M4, in place of these.")
 @click.option("--temperature", type=click.FloatRange(min=0, min_open=True), help="Of the dynamics, K.")
 @click.option(
     "--length",
@@ -211,6 +218,7 @@ def validate(
     engines: str,
     out: Path,
     mode: Mode,
+    only: str,
     temperature: float | None,
     length: float,
     device: str,
@@ -232,7 +240,8 @@ def validate(
         report = judge(
             path,
             out,
-            engines=[name.strip() for name in engines.split(",") if name.strip()],
+            engines=_split(engines),
+            only=_split(only),
             systems=[found for given in systems for found in _systems(given, path, temperature)],
             mode=mode,
             length=length,
@@ -251,6 +260,10 @@ def validate(
             click.echo(f"{section.engine:14s} {section.problem}")
     click.echo(f"{report.verdict}: {out / 'report.html'}")
     ctx.exit(report.exit_code)
+
+
+def _split(names: str) -> list[str]:
+    return [name.strip() for name in names.split(",") if name.strip()]
 
 
 def _systems(given: str, artifact: Path, temperature: float | None) -> list[System]:

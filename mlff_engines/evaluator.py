@@ -140,12 +140,13 @@ class Evaluator:
                 f"({SYMBOLS[structure.numbers[bad[0]]]}), and on {len(bad) - 1} more: "
                 "the structure is far outside the trained range"
             )
+        volume = structure.volume
         return Result(
             energy=float(energies.sum()),
             energies=energies,
             forces=forces,
             virial=virial,
-            stress=None if structure.volume is None else -virial / structure.volume,
+            stress=None if volume is None else -virial / volume,
             energy_std=float(out["energy_std"][0]) if "energy_std" in out else None,
             force_std=out["force_std"].detach().cpu().double().numpy() if "force_std" in out else None,
         )

@@ -44,7 +44,7 @@ from mlff_engines.validation.dynamics.temperatures import check_temperatures
 from mlff_engines.validation.engine import Dynamics, Engine
 from mlff_engines.validation.engines import ENGINES, make_engine
 from mlff_engines.validation.reports.report import Provenance, Report, Section, View, write_report
-from mlff_engines.validation.result import STATIC, CheckResult, Claims, Evaluate
+from mlff_engines.validation.result import NAMES, STATIC, CheckResult, Claims, Evaluate
 from mlff_engines.validation.static.conformance import check_model
 from mlff_engines.validation.static.parity import check_parity, reference
 
@@ -70,6 +70,7 @@ class Plan(Config):
     systems: dict[str, StructureRecord]
     temperatures: dict[str, float]
     mode: Mode
+    only: tuple[str, ...]
     length: float
     device: str
     seed: int
@@ -92,6 +93,7 @@ def validate(
     engines: Sequence[str] = ("ase",),
     systems: Sequence[System] = (),
     mode: Mode = "quick",
+    only: Sequence[str] = (),
     length: float = 100.0,
     device: str = "cpu",
     seed: int = 0,
@@ -110,6 +112,7 @@ def validate(
         systems: for dynamics and static checks; by default the first of `builtin_systems`. The others of the built-in
             ones serve the static checks in any case.
         mode: "quick": S1-S10 and M1-M3; "full": M4-M7 and D1-D6 besides.
+        only: codes of checks to run, in place of those of `mode`.
         length: of each of the four replicas of M5-M7, ps.
         device: of the model.
         seed: of velocities and thermostats.
@@ -126,6 +129,9 @@ def validate(
     for name in engines:
         if name not in ENGINES:
             raise ConfigError(f"unknown engine {name!r}{suggest(name, ENGINES)}")
+    for code in only:
+        if code not in NAMES:
+            raise ConfigError(f"unknown check {code!r}{suggest(code, NAMES)}")
     if not engines:
         raise ConfigError(f"no engine named; allowed: {', '.join(ENGINES)}")
     session = _Session(artifact, folder, systems, length, device, seed)
@@ -135,6 +141,7 @@ def validate(
         systems={system.name: StructureRecord.of(system.structure) for system in session.systems},
         temperatures={system.name: system.temperature for system in session.systems},
         mode=mode,
+        only=tuple(only),
         length=length,
         device=device,
         seed=seed,
@@ -145,7 +152,9 @@ def validate(
     ]
     _claim(folder, plan, overwrite)
     problems = {name: problem for name in engines if (problem := session.problem(name))}
-    steps = [step for name in engines if name not in problems for step in _steps(session, name, mode)]
+    able = [name for name in engines if name not in problems]
+    steps = [step for name in able for step in _steps(session, name, "full" if only else mode)]
+    steps = [step for step in steps if not only or step.name in only]
     results: dict[tuple[str, str], list[CheckResult]] = {}
     log = progress and not sys.stderr.isatty()  # of a batch job: one line a step
     with click.progressbar(
@@ -343,7 +352,11 @@ def _provenance(artifact: Path, plan: Plan, command: str, seconds: float) -> Pro
         seconds=seconds,
         seeds={"velocities and thermostats": plan.seed},
         versions=versions | {"platform": platform.platform()},
-        settings={"mode": plan.mode, "length of replicas, ps": plan.length, "device": plan.device}
+        settings={
+            "mode": ", ".join(plan.only) or plan.mode,
+            "length of replicas, ps": plan.length,
+            "device": plan.device,
+        }
         | {f"temperature of {name}, K": value for name, value in plan.temperatures.items()},
     )
 

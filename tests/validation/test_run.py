@@ -244,3 +244,11 @@ def test_a_kernel_that_is_wrong_does_not_judge(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(Artifact, "__call__", skewed)
     wrong = run._Session(path, tmp_path, [], 1.0, "cpu", 0)
     assert isinstance(wrong.core.evaluate.potential, Potential)  # type: ignore[attr-defined]
+
+
+def test_only_some_checks(argon: Path, tmp_path: Path) -> None:
+    report = validate(argon, tmp_path / "report", systems=[SYSTEM], only=["S9", "M2", "D3"], progress=False)
+    assert codes(report) == ["S9", "M2", "D3"]
+    assert report.provenance.settings["mode"] == "S9, M2, D3"
+    with pytest.raises(ConfigError, match="unknown check 'M22'; did you mean 'M2'"):
+        validate(argon, tmp_path / "other", only=["M22"], progress=False)

@@ -78,6 +78,9 @@ is such a one. A unit that is off in energy and force alike shows in nothing but
 The same bugs, and some of integrators, behind velocity Verlet (`tests/broken_dynamics.py`): a hot liquid of two noble
 gases, and PaiNN with random weights. *Missed* are checks that are known to pass in spite of the bug.
 
+M1 asks for a smooth potential, and so can fail a right engine on a perfect crystal: by symmetry PaiNN's vectors vanish
+there, and their length has a cusp, rounded within 1e-4 of it. Start from a structure that is off its lattice sites.
+
 | bug | caught by | missed by |
 |---|---|---|
 {moving_bugs}

@@ -23,13 +23,14 @@ from pathlib import Path
 from typing import Literal
 
 import click
+import numpy as np
 import torch
 
 from mlff_engines import __version__
 from mlff_engines.artifact import load
 from mlff_engines.checkpoint import StructureRecord
 from mlff_engines.config import Config
-from mlff_engines.errors import ConfigError, MissingEngineError, suggest
+from mlff_engines.errors import ConfigError, MissingEngineError, SimulationError, suggest
 from mlff_engines.evaluator import Evaluator
 from mlff_engines.files import replacing
 from mlff_engines.validation import lifecycle
@@ -332,7 +333,11 @@ def _kept(step: Step, folder: Path) -> list[CheckResult]:
     file = folder / f"{step.engine}-{step.system}-{step.name}.json".replace(" ", "-")
     if file.is_file():
         return Section.model_validate_json(file.read_bytes()).results
-    found = Section(engine=step.engine, system=step.system, results=step.check())
+    try:
+        results = step.check()
+    except SimulationError as error:  # atoms that flew apart are a verdict; the other checks go on
+        results = [CheckResult(step.name, NAMES[step.name], "fail", np.nan, 0.0, str(error))]
+    found = Section(engine=step.engine, system=step.system, results=results)
     with replacing(file) as temporary:
         temporary.write_text(found.model_dump_json(), encoding="utf-8")
     return found.results

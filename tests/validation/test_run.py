@@ -16,7 +16,7 @@ import mlff_engines.validation.run as run
 import students
 from mlff_engines.artifact import Artifact, load
 from mlff_engines.cli import main, mlff
-from mlff_engines.errors import ConfigError, StructureError
+from mlff_engines.errors import ConfigError, SimulationError, StructureError
 from mlff_engines.graph import Graph
 from mlff_engines.potential import Potential
 from mlff_engines.structure import Structure
@@ -252,3 +252,22 @@ def test_only_some_checks(argon: Path, tmp_path: Path) -> None:
     assert report.provenance.settings["mode"] == "S9, M2, D3"
     with pytest.raises(ConfigError, match="unknown check 'M22'; did you mean 'M2'"):
         validate(argon, tmp_path / "other", only=["M22"], progress=False)
+
+
+def test_dynamics_that_explode_are_a_failure_and_the_others_go_on(
+    argon: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = run.constant_energy.check_dynamics
+
+    def exploding(*args: Any, only: list[str]) -> list[CheckResult]:
+        if only == ["M1"]:
+            raise SimulationError("step 7: atom 3 flew away")
+        return check(*args, only=only)
+
+    monkeypatch.setattr(run.constant_energy, "check_dynamics", exploding)
+    report = validate(argon, tmp_path / "report", systems=[SYSTEM], only=["M1", "M2"], progress=False)
+    first, second = report.sections[0].results
+    assert (first.code, first.verdict, first.detail) == ("M1", "fail", "step 7: atom 3 flew away")
+    assert second.passed
+    assert report.exit_code == 1
+    assert "atom 3 flew away" in (tmp_path / "report" / "report.html").read_text()

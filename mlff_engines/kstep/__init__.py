@@ -10,4 +10,5 @@
 | `stability`   | which macro-steps are safe                                                               |
 | `learned`     | a trained jump from its artifact, refused for runs it was not made for                   |
 | `meter`       | counts what the true potential is asked                                                  |
+| `pipeline`    | all stages one after another, each by its own command                                    |
 """

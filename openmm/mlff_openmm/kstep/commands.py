@@ -8,8 +8,9 @@ import click
 
 from mlff_engines.config import load_yaml
 from mlff_engines.options import keys_option, output_option, overwrite_option, path_argument
-from mlff_openmm.kstep.config import MDConfig
+from mlff_openmm.kstep.config import MDConfig, RunConfig
 from mlff_openmm.kstep.prepare import prepare as run_prepare
+from mlff_openmm.kstep.run import run as run_variants
 from mlff_openmm.kstep.simulate import simulate as run_simulate
 
 
@@ -39,3 +40,20 @@ def simulate(prepared: Path, config: Path, out: Path, overwrite: bool) -> None:
     """Simulate what `mlff kstep prepare` left in PREPARED; the same command goes on where it was stopped."""
     for made in run_simulate(prepared, load_yaml(MDConfig, config), out, overwrite=overwrite):
         click.echo(made)
+
+
+@click.command()
+@click.argument("prepared", type=path_argument)
+@click.argument("config", type=path_argument)
+@click.option("--student", type=path_argument, help="Artifact of a force field, for variants C and D.")
+@click.option("--jump", "jumps", type=path_argument, multiple=True, help="Artifact of a jump, for variants A.")
+@output_option
+@overwrite_option
+@keys_option(RunConfig)
+def run(
+    prepared: Path, config: Path, student: Path | None, jumps: tuple[Path, ...], out: Path, overwrite: bool
+) -> None:
+    """Run the variants in CONFIG for each molecule in PREPARED, from the same starts; runs that are there stay."""
+    settings = load_yaml(RunConfig, config)
+    made = run_variants(prepared, settings, out, student=student, jumps=jumps, overwrite=overwrite)
+    click.echo(f"{out}: {len(made)} runs; judge them with mlff kstep evaluate {out}")

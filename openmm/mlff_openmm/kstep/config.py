@@ -1,4 +1,4 @@
-"""What `md.yaml` says."""
+"""What `md.yaml` and `run.yaml` say."""
 
 from __future__ import annotations
 
@@ -67,4 +67,78 @@ class MDConfig(SystemConfig):
             raise ValueError(
                 f"burst_interval_ps {self.burst_interval_ps:g} is longer than nve_interval_ps {self.nve_interval_ps:g}"
             )
+        return self
+
+
+class Variant(Config):
+    """A way to make steps, or a baseline."""
+
+    kind: Literal["verlet", "hmr", "A1", "A2", "C", "D"] = Field(
+        description="Verlet, the same with heavy hydrogens, or a variant of mlff_engines.kstep"
+    )
+    name: str = Field("", pattern=r"^[A-Za-z0-9.+-]*$", description="of files and rows; default from the rest")
+    dt_fs: Positive | None = Field(None, description="time step of verlet and hmr; default: that of the run, 4 for hmr")
+    k: int | None = Field(None, ge=1, description="steps of a jump: A1, A2")
+    macro_step_fs: Positive | None = Field(None, description="between true forces: C")
+    trajectory_ps: Positive | None = Field(None, description="of the student, as a proposal: D")
+    allow_unsafe: bool = Field(False, description="C: run a macro-step at a resonance all the same")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("kind") == "hmr":
+            data = {"dt_fs": 4.0} | data
+        if isinstance(data, dict) and not data.get("name"):
+            of = {"A1": ("k", "k"), "A2": ("k", "k"), "C": ("macro_step_fs", ""), "D": ("trajectory_ps", "")}
+            key, mark = of.get(str(data.get("kind")), ("dt_fs", ""))
+            unit = {"trajectory_ps": "ps", "k": ""}.get(key, "fs")
+            value = data.get(key)
+            size = f"-{mark}{value:g}{unit}" if isinstance(value, int | float) else ""
+            data = data | {"name": f"{data.get('kind')}{size}"}
+        return data
+
+    @model_validator(mode="after")
+    def _complete(self) -> Variant:
+        needed = {"A1": "k", "A2": "k", "C": "macro_step_fs", "D": "trajectory_ps"}.get(self.kind)
+        if needed and getattr(self, needed) is None:
+            raise ValueError(f"{self.kind} needs {needed}")
+        return self
+
+    def macro_step(self, dt_fs: float) -> float:
+        """fs between two true forces, or energies, where the run has a time step of `dt_fs`."""
+        if self.k is not None:
+            return (self.k + 1) * dt_fs
+        if self.trajectory_ps is not None:
+            return 1e3 * self.trajectory_ps
+        return self.macro_step_fs or self.dt_fs or dt_fs
+
+
+class RunConfig(Config):
+    """A file for `mlff kstep run`. Lengths and intervals are rounded to whole macro-steps."""
+
+    variants: tuple[Variant, ...] = Field(min_length=1, description="what to run beside the reference")
+    replicas: int = Field(5, ge=1, description="starts, each with noise of its own")
+    temperature_K: Positive = 300.0  # noqa: N815
+    friction_per_ps: Positive = 1.0
+    dt_fs: Positive = Field(2.0, description="of the reference and of the steps in a jump")
+    inner_step_fs: Positive = Field(1.0, description="of the student in C and D")
+    equilibration_ps: float = Field(10.0, ge=0, description="of the starts, by the reference")
+    length_ps: Positive = Field(100.0, description="of each replica at the temperature")
+    nve_ps: float = Field(100.0, ge=0, description="of each replica without thermostat; 0: none")
+    sample_fs: Positive = Field(100.0, description="between two frames")
+    platform: Literal["Reference", "CPU", "CUDA", "OpenCL", "HIP"] = "Reference"
+    seed: int = Field(1, ge=1, description="of starts and noise")
+
+    @model_validator(mode="after")
+    def _variants(self) -> RunConfig:
+        names = [variant.name for variant in self.variants]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice or "reference" in names:
+            raise ValueError(f"variants need names of their own, none of them reference; twice there: {twice}")
+        for variant in self.variants:
+            steps = variant.macro_step(self.dt_fs) / self.inner_step_fs
+            if variant.kind in ("C", "D") and (steps < 1 or abs(steps - round(steps)) > 1e-6):
+                raise ValueError(
+                    f"{variant.name} is {steps:g} inner steps of {self.inner_step_fs:g} fs; allowed: 1, 2, 3, ..."
+                )
         return self

@@ -12,6 +12,7 @@ from mlff_engines.errors import DataError
 from mlff_engines.options import keys_option, output_option, path_argument
 from mlff_training.kstep.config import JumpModelConfig, JumpTrainConfig
 from mlff_training.kstep.pairs import STEPS, load_pairs, make_pairs
+from mlff_training.kstep.student import TrajectoryStudentConfig, train_trajectory_student
 from mlff_training.kstep.train import train_jumps
 
 
@@ -45,3 +46,15 @@ def train(data: Path, model: Path, train_file: Path, split_by: Literal["molecule
     configs = load_yaml(JumpModelConfig, model), load_yaml(JumpTrainConfig, train_file)
     for checkpoint in train_jumps(data, *configs, out, by=split_by):
         click.echo(f"{checkpoint}: export it with mlff-export {checkpoint} -o jump.pt")
+
+
+@click.command()
+@click.argument("trajectories", type=path_argument)
+@click.argument("config", type=path_argument)
+@output_option
+@keys_option(TrajectoryStudentConfig)
+def student(trajectories: Path, config: Path, out: Path) -> None:
+    """Train a force field on the frames in TRAJECTORIES, for variants C and D; the same command goes on."""
+    files = sorted(trajectories.glob("*.npz"))
+    artifact = train_trajectory_student(files, load_yaml(TrajectoryStudentConfig, config), out)
+    click.echo(f"{artifact}: run it with mlff kstep run --student {artifact}")

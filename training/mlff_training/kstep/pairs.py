@@ -84,7 +84,7 @@ def make_pairs(trajectories: Sequence[Path], k: int, out: Path, *, stride: int =
         raise ConfigError(f"k = {k}, stride {stride}; allowed: 1 or more")
     if not trajectories:
         raise DataError("no trajectories given: run mlff kstep simulate")
-    runs = [_read_run(path) for path in trajectories]
+    runs = [read_run(path) for path in trajectories]
     terms = _common_terms(runs, k)
     molecules = sorted({run["meta"]["molecule"] for run in runs})
     forces = all("forces" in run for run in runs)
@@ -192,7 +192,12 @@ def split_pairs(
     return {part: np.flatnonzero(np.isin(names, kept[part])) for part in ("train", "valid")}
 
 
-def _read_run(path: Path) -> dict[str, Any]:
+def read_run(path: Path) -> dict[str, Any]:
+    """The arrays of a trajectory, with `meta` and `path`.
+
+    Raises:
+        DataError: it is none of `mlff kstep simulate`, periodic, or not finite.
+    """
     try:
         with np.load(path) as data:
             run: dict[str, Any] = {name: data[name] for name in data.files}

@@ -1,0 +1,166 @@
+"""Gates on large steps: what is right never fails, what is wrong does, and with too little data nothing is decided."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kstep_jumps import ETHANOL, M
+from mlff_engines.kstep.constraints import BondConstraints
+from mlff_engines.kstep.particles import Particles
+from mlff_engines.structure import FloatArray
+from mlff_engines.validation.dynamics.large_steps import Run, error_of, judge, slowest_dihedral
+from mlff_engines.validation.reports.large_steps import Row, savings
+from mlff_engines.validation.trajectories.divergences import absolute_difference, jensen_shannon, kullback_leibler
+
+pytest.importorskip("MDAnalysis")
+
+BONDS = np.array([[0, 4], [0, 5], [0, 6], [1, 7], [1, 8], [2, 3]])
+LENGTHS = np.linalg.norm(ETHANOL.positions[BONDS[:, 0]] - ETHANOL.positions[BONDS[:, 1]], axis=1)
+PARTICLES = Particles(M, BondConstraints(BONDS, LENGTHS, M))
+FRAMES = 200
+
+
+def sampled(seed: int, replicas: int = 5, scale: FloatArray | float = 1.0, **changed: Any) -> Run:
+    """Independent samples: rigid X-H bonds, thermal velocities times `scale`, energies that are conserved."""
+    rng = np.random.default_rng(seed)
+    assert PARTICLES.constraints is not None
+    moved = ETHANOL.positions + rng.normal(0, 0.03, (replicas, FRAMES, *ETHANOL.positions.shape))
+    x, v = np.empty_like(moved), np.empty_like(moved)
+    for at in np.ndindex(replicas, FRAMES):
+        x[at] = PARTICLES.constraints.positions(moved[at], ETHANOL.positions)
+        v[at] = PARTICLES.thermal(x[at], 300.0, rng) * scale
+    times = np.linspace(0.1, 120, FRAMES)
+    made = Run(
+        variant="C-4fs", molecule="ethanol", numbers=ETHANOL.numbers, masses=M, constraints=BONDS, times=times,
+        positions=x, velocities=v, kicks=np.zeros_like(v), temperature=300.0, problems={},
+        nve=[np.array([times, rng.normal(0, 0.02, FRAMES)]) for _ in range(replicas)],
+    )  # fmt: skip
+    return replace(made, **changed)
+
+
+@pytest.fixture(scope="module")
+def reference() -> Run:
+    return sampled(1)
+
+
+@pytest.fixture(scope="module")
+def replicate() -> Run:
+    return sampled(2)
+
+
+def verdicts(run: Run, reference: Run, replicate: Run | None) -> dict[str, str]:
+    return {result.code: result.verdict for result in judge(run, reference, replicate)}
+
+
+def test_divergences_of_known_histograms() -> None:
+    p, q = np.array([1.0, 3.0, 0.0]), np.array([0.0, 0.0, 2.0])
+    assert jensen_shannon(p, 10 * p) == 0
+    assert jensen_shannon(p, q) == pytest.approx(math.log(2))
+    assert absolute_difference(p, q) == pytest.approx(2)
+    a, b = np.array([5e8, 5e8]), np.array([2.5e8, 7.5e8])
+    assert kullback_leibler(a, b) == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(2 / 3), rel=1e-6)
+    assert math.isfinite(kullback_leibler(p, q))
+    assert jensen_shannon(a, b) == pytest.approx(jensen_shannon(b, a))
+
+
+def test_a_right_variant_passes_what_can_be_seen_and_fails_nothing(reference: Run, replicate: Run) -> None:
+    results = judge(sampled(3), reference, replicate)
+    found = {result.code: result.verdict for result in results}
+    assert list(found) == ["K1", "K2", "K3", "K4", "K5", "K6", "K7"]
+    assert "fail" not in found.values()
+    assert found["K1"] == found["K2"] == "pass"
+    by_code = {result.code: result for result in results}
+    for name, value in by_code["K4"].figures.items():
+        if "error" not in name:
+            assert value == pytest.approx(
+                300, abs=4 * by_code["K4"].figures[name.replace(" (K)", ": standard error (K)")]
+            )
+    assert set(by_code["K4"].figures) >= {"hydrogen (K)", "translation (K)", "rotation (K)", "inner motion (K)"}
+    assert 0 < error_of(results) < math.inf
+
+
+HOT_HYDROGEN = np.where(ETHANOL.numbers == 1, 1.06, 1.0)[:, None]
+
+
+@pytest.mark.parametrize(("scale", "code"), [(0.96, "K3"), (HOT_HYDROGEN, "K4")], ids=["cooled", "hot hydrogens"])
+def test_wrong_velocities_fail(reference: Run, replicate: Run, scale: Any, code: str) -> None:
+    assert verdicts(sampled(4, scale=scale), reference, replicate)[code] == "fail"
+
+
+def test_constraints_that_are_forgotten_show(reference: Run, replicate: Run) -> None:
+    """Six rigid bonds of 27 degrees of freedom: were they counted, the temperature would be 22 % too low."""
+    assert verdicts(sampled(5, constraints=BONDS[:0]), reference, replicate)["K3"] == "fail"
+
+
+def test_wrong_configurations_fail(reference: Run, replicate: Run) -> None:
+    wrong = sampled(6)
+    wrong.positions[:, :, [2, 3]] += [-0.04, 0.0, 0.0]  # the C-O bond
+    found = verdicts(wrong, reference, replicate)
+    assert found["K5"] == "fail"
+    assert found["K3"] != "fail"
+    turned = sampled(7)
+    turned.positions[:, ::2, 3, 2] += 0.7  # the hydroxyl, half of the time
+    assert verdicts(turned, reference, replicate)["K6"] == "fail"
+
+
+def test_a_drift_fails(reference: Run, replicate: Run) -> None:
+    drifting = sampled(8)
+    for times, energy in drifting.nve:
+        energy += 0.1 * times  # kJ/mol/ps
+    [result] = [r for r in judge(drifting, reference, replicate) if r.code == "K2"]
+    assert (result.verdict, result.figure) == ("fail", pytest.approx(0.1 / 9, rel=0.05))
+
+
+def test_few_data_decide_nothing_but_a_run_that_broke_has_failed(reference: Run, replicate: Run) -> None:
+    cold = sampled(9, replicas=2, scale=0.8)
+    found = verdicts(cold, reference, replicate)
+    assert set(found.values()) == {"pass", "inconclusive"}
+    assert [code for code, verdict in found.items() if verdict == "pass"] == ["K1"]
+    no_null = verdicts(sampled(6), reference, None)
+    assert {no_null[code] for code in ("K5", "K6", "K7")} == {"inconclusive"}
+    broken = replace(cold, problems={1: "failed after 0.2 ps"})
+    assert verdicts(broken, reference, replicate)["K1"] == "fail"
+    empty = replace(cold, positions=cold.positions[:, :2])
+    assert set(verdicts(empty, reference, replicate).values()) == {"pass", "inconclusive"}
+
+
+def test_atoms_far_away_are_counted_in_the_last_bin(reference: Run, replicate: Run) -> None:
+    lost = sampled(10)
+    lost.positions[:, :, 2] += 1e12
+    [result] = [r for r in judge(lost, reference, replicate) if r.code == "K5"]
+    assert result.figure > 0.5  # nat, of at most 0.69
+    assert result.verdict != "pass"
+
+
+def test_velocities_drawn_at_random_are_no_evidence(reference: Run, replicate: Run) -> None:
+    found = verdicts(sampled(11, draws_velocities=True), reference, replicate)
+    assert set(found) == {"K1", "K5", "K6", "K7"}
+
+
+def test_the_slowest_dihedral_is_the_one_that_hardly_turns(reference: Run) -> None:
+    quick = slowest_dihedral(reference)[1]
+    stuck = sampled(12)
+    stuck.positions[:2, :, 3, 2] += 0.7  # replicas that disagree
+    name, slow = slowest_dihedral(stuck)
+    assert "3" in name.split()[1].split("-")
+    assert slow < quick / 20
+
+
+def row(variant: str, calls: float, error: float, verdict: Any = "pass") -> Row:
+    return Row(
+        variant=variant, macro_step_fs=2, true_calls_per_ns=calls, all_calls_per_ns=calls, seconds_per_ns=1,
+        calls_per_sample=1, error=error, gates={}, verdict=verdict,
+    )  # fmt: skip
+
+
+def test_savings_are_at_equal_error_and_for_passed_gates_only() -> None:
+    baselines = [row("verlet", 500, 0.2), row("hmr", 250, 0.6), row("bad", 10, 0.1, "inconclusive")]
+    assert savings(row("C", 125, 0.3), baselines) == 4
+    assert savings(row("C", 125, 0.7), baselines) == 2
+    assert savings(row("C", 125, 0.1), baselines) is None
+    assert savings(row("C", 125, 0.7, "fail"), baselines) is None

@@ -190,7 +190,7 @@ class LAMMPSEngine:
         """From here on an artifact of the dtype asked for and `kernel`."""
         if (self.dtype, kernel) != (self.manifest.dtype, self.manifest.kernel):
             made = self.folder / f"student-{self.dtype}.pt"
-            recast(self.artifact, made, self.dtype, kernel)
+            recast(self.artifact, made, self.dtype, kernel, overwrite=True)
             self.artifact = made
 
     def _pair_commands(self, structure: Structure) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -9,13 +10,19 @@ from pathlib import Path
 
 import pytest
 
-from mlff_engines.config import load_yaml
+from mlff_engines.config import Config, load_yaml
 from mlff_engines.errors import MLFFError
 from mlff_training.distill import DistillConfig
 from mlff_training.student import StudentConfig
-from requirements import REPOSITORY
+from requirements import REPOSITORY, require_engine
 
 EXAMPLES = REPOSITORY / "examples"
+KSTEP = {
+    "kstep": ("mlff_engines.kstep.pipeline", "PipelineConfig"),
+    "md": ("mlff_openmm.kstep.config", "MDConfig"),
+    "model": ("mlff_training.kstep.config", "JumpModelConfig"),
+    "train": ("mlff_training.kstep.config", "JumpTrainConfig"),
+}
 MLFF = [sys.executable, "-m", "mlff_engines.cli"]
 
 
@@ -47,7 +54,7 @@ def test_quickstart_leaves_what_it_promises(ethanol: Path) -> None:
         assert (made / name).stat().st_size > 0, name
     trial = json.loads((made / "trial" / "trial.json").read_text())
     assert trial["force_mae"]["300 K"] > 0
-    assert set(trial["engines"]) == {"ase", "openmm"}
+    assert set(trial["engines"]) == {"ase", "lammps", "openmm"}
     assert "forces" in run(*MLFF, "verify", str(made / "student.pt"), cwd=ethanol)
     assert "GFN2-xTB" in run(*MLFF, "inspect", str(made / "student.pt"), cwd=ethanol)
 
@@ -76,7 +83,12 @@ def test_first_student(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.rglob("*.yaml")), ids=lambda path: path.stem)
 def test_configurations_are_valid(path: Path) -> None:
-    load_yaml(StudentConfig if path.parent.name == "benchmarks" else DistillConfig, path)
+    kind: type[Config] = StudentConfig if path.parent.name == "benchmarks" else DistillConfig
+    if path.stem in KSTEP:
+        require_engine("openmm")
+        module, name = KSTEP[path.stem]
+        kind = getattr(importlib.import_module(module), name)
+    load_yaml(kind, path)
 
 
 def test_no_example_is_left_out() -> None:

@@ -215,7 +215,7 @@ SCRIPT = """
     from pathlib import Path
     from mlff_training.teachers.labelling import label
     from mlff_training.teachers.config import TeacherConfig
-    frames = [Atoms("He", positions=[[n, 0, 0]]) for n in range(40)]
+    frames = [Atoms("He", positions=[[n, 0, 0]]) for n in range(100)]
     options = {{"log": {log!r}, "seconds": 0.05}}
     label(frames, TeacherConfig(name="toy_teachers:Springs", options=options), Path({out!r}), workers=2)
 """
@@ -225,19 +225,17 @@ SCRIPT = """
 def test_killed_run_loses_no_finished_label(number: signal.Signals, tmp_path: Path) -> None:
     log, out, journal = tmp_path / "log", tmp_path / "out.xyz", tmp_path / "out.xyz.journal"
     script = SCRIPT.format(toys=str(TOYS), log=str(log), out=str(out))
-    run = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
-    while not journal.exists() or journal.read_bytes().count(b"\n") < 8:
-        assert run.poll() is None, run.stderr.read() if run.stderr else ""
-        time.sleep(0.01)
-    run.send_signal(number)
-    assert run.wait(timeout=20) != 0
-    assert run.stderr is not None
-    run.stderr.close()
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as run:
+        assert run.stderr is not None
+        while not journal.exists() or journal.read_bytes().count(b"\n") < 8:
+            assert run.poll() is None, run.stderr.read()
+            time.sleep(0.01)
+        run.send_signal(number)
+        assert run.wait(timeout=20) != 0
     assert not out.exists()
     finished = journal.read_bytes().count(b"\n")
-    assert 8 <= finished < 40
+    assert 8 <= finished < 100
     deadline = time.monotonic() + 5
     teachers = {int(line.split()[0]) for line in log.read_text().splitlines()}
     assert len(teachers) == 2
@@ -246,9 +244,9 @@ def test_killed_run_loses_no_finished_label(number: signal.Signals, tmp_path: Pa
     assert not any(Path(f"/proc/{pid}").exists() for pid in teachers)
     begun = len(calls(log))
     assert begun - finished <= 2 * 2  # what the two teachers were at, or had just answered
-    frames = [Atoms("He", positions=[[n, 0, 0]]) for n in range(40)]
+    frames = [Atoms("He", positions=[[n, 0, 0]]) for n in range(100)]
     config = TeacherConfig(name="toy_teachers:Springs", options={"log": str(log), "seconds": 0.05})
     labelled = label(frames, config, out, workers=2, progress=False)
-    assert len(calls(log)) - begun == 40 - finished  # only the rest
-    assert [atoms.get_potential_energy() for atoms in labelled] == [0.5 * n**2 for n in range(40)]
+    assert len(calls(log)) - begun == 100 - finished  # only the rest
+    assert [atoms.get_potential_energy() for atoms in labelled] == [0.5 * n**2 for n in range(100)]
     assert out.stat().st_size > 0

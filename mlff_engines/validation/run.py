@@ -44,7 +44,8 @@ from mlff_engines.validation.dynamics.stability import StabilityOptions, check_s
 from mlff_engines.validation.dynamics.temperatures import check_temperatures
 from mlff_engines.validation.engine import Dynamics, Engine
 from mlff_engines.validation.engines import ENGINES, make_engine
-from mlff_engines.validation.reports.report import Provenance, Report, Section, View, write_report
+from mlff_engines.validation.reports.page import write_report
+from mlff_engines.validation.reports.report import Provenance, Report, Section, View
 from mlff_engines.validation.result import NAMES, STATIC, CheckResult, Claims, Evaluate
 from mlff_engines.validation.static.conformance import check_model
 from mlff_engines.validation.static.parity import check_parity, reference

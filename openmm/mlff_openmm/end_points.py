@@ -16,7 +16,9 @@ from mlff_engines.errors import MLFFError
 from mlff_engines.structure import FloatArray, Result, Structure
 from mlff_engines.validation.result import NAMES, CheckResult, Claims, Evaluate, Verdict, Worst
 from mlff_engines.validation.static.systems import cluster, taken
-from mlff_openmm.engine import FORCE, KJ_PER_MOL, NM
+from mlff_openmm.force import KJ_PER_MOL, NM
+
+FORCE = KJ_PER_MOL / NM  # kJ/mol/nm in eV/Å
 
 # eV per atom and eV/Å; OpenMM-ML's interpolation of PME alone is off by 4e-10
 TOLERANCES: dict[Dtype, float] = {"float64": 1e-8, "float32": 5e-5}

@@ -16,8 +16,8 @@ import pytest
 from mlff_engines.errors import ConfigError, DataError
 from mlff_engines.structure import Structure
 from mlff_engines.validation.reports.figures import band, svg
-from mlff_engines.validation.reports.page import ADVICE, number, page, share
-from mlff_engines.validation.reports.report import Provenance, Report, Section, View, overall, read_report, write_report
+from mlff_engines.validation.reports.page import ADVICE, number, page, share, write_report
+from mlff_engines.validation.reports.report import Provenance, Report, Section, View, overall, read_report
 from mlff_engines.validation.result import NAMES, CheckResult, Curve, Plot, Verdict
 from mlff_engines.validation.trajectories import observables
 

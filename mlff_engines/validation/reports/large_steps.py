@@ -18,7 +18,8 @@ from mlff_engines.files import sha256_of
 from mlff_engines.options import output_option, path_argument
 from mlff_engines.units import length_unit
 from mlff_engines.validation.dynamics.large_steps import NAMES, Run, error_of, judge, slowest_dihedral
-from mlff_engines.validation.reports.report import Provenance, Report, Section, overall, write_report
+from mlff_engines.validation.reports.page import write_report
+from mlff_engines.validation.reports.report import Provenance, Report, Section, overall
 from mlff_engines.validation.result import CheckResult, Verdict
 
 NM = length_unit("nm")

@@ -6,8 +6,10 @@ import importlib.resources
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from mlff_engines import __version__
+from mlff_engines.files import replacing
 from mlff_engines.validation.reports.figures import svg
 from mlff_engines.validation.reports.report import Report, Section, overall
 from mlff_engines.validation.result import NAMES, CheckResult, Verdict
@@ -89,6 +91,21 @@ class Cell:
     text: str
     title: str
     anchor: str
+
+
+def write_report(report: Report, folder: Path) -> tuple[Path, Path]:
+    """Write `report.json` and the self-contained `report.html` into `folder`, replacing older ones.
+
+    Raises:
+        ConfigError: matplotlib or jinja2 is not installed; `report.json` is written even so.
+    """
+    paths = folder / "report.json", folder / "report.html"
+    with replacing(paths[0]) as temporary:
+        temporary.write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    text = page(report)
+    with replacing(paths[1]) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return paths
 
 
 def page(report: Report) -> str:

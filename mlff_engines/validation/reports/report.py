@@ -25,7 +25,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from mlff_engines import __version__
 from mlff_engines.errors import DataError
-from mlff_engines.files import replacing
 from mlff_engines.structure import SYMBOLS, FloatArray, Structure
 from mlff_engines.validation.result import CheckResult, Verdict
 
@@ -170,20 +169,3 @@ def read_report(path: Path) -> Report:
             f"{path} is no report of schema 1: {where}: {first['msg']}; {error.error_count()} "
             "problem(s). Run the validation again with this version"
         ) from None
-
-
-def write_report(report: Report, folder: Path) -> tuple[Path, Path]:
-    """Write `report.json` and the self-contained `report.html` into `folder`, replacing older ones.
-
-    Raises:
-        ConfigError: matplotlib or jinja2 is not installed; `report.json` is written even so.
-    """
-    from mlff_engines.validation.reports.page import page
-
-    paths = folder / "report.json", folder / "report.html"
-    with replacing(paths[0]) as temporary:
-        temporary.write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    text = page(report)
-    with replacing(paths[1]) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    return paths

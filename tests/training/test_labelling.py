@@ -209,7 +209,8 @@ def test_damaged_record_is_redone(tmp_path: Path) -> None:
 
 
 SCRIPT = """
-    import sys
+    import signal, sys
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background, shells have it ignored
     sys.path.insert(0, {toys!r})
     from ase import Atoms
     from pathlib import Path

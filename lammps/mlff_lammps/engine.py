@@ -264,6 +264,7 @@ class _Session:
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
+                errors="replace",  # LAMMPS writes parts of paths that are not ASCII
             )
         self.end = weakref.finalize(self, _end, self.process)
         self._asked = 0

@@ -38,6 +38,13 @@ def require_data() -> Path:
     return path
 
 
+def require_package(name: str, engine: str) -> ModuleType:
+    """A package that the tests of `engine` need; skips without it, and fails where the engine must not be missing."""
+    if importlib.util.find_spec(name) is None:
+        missing(engine, f"{name} is not installed: pip install 'mlff-engines[all]'")
+    return importlib.import_module(name)
+
+
 def require_compiler() -> None:
     """Skips where no C++ compiler is installed. Callable at the top of a test file."""
     if not has_compiler():

@@ -6,16 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
 from ase.stress import full_3x3_to_voigt_6_stress
 
-from mlff_ase.structures import to_structure
+from mlff_ase.structures import changes, to_structure
 from mlff_engines.artifact import Artifact, Dtype, load
 from mlff_engines.errors import ArtifactError
-
-ARRAYS = ("positions", "numbers", "initial_charges", "initial_magmoms")
 
 
 class MLFFCalculator(Calculator):
@@ -91,19 +88,8 @@ class MLFFCalculator(Calculator):
             self.results |= {"energy_std": result.energy_std, "force_std": result.force_std}
 
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
-        """ASE's list of changes, compared exactly: within a tolerance it takes longer than a small student.
-
-        Charge and multiplicity are among them, as "info".
-        """
-        last = self.atoms
-        if last is None:
-            return list(all_changes)
-        pairs = {name: (last.arrays.get(name), atoms.arrays.get(name)) for name in ARRAYS}
-        pairs |= {"cell": (last.cell.array, atoms.cell.array), "pbc": (last.pbc, atoms.pbc)}
-        changes = [name for name, (old, new) in pairs.items() if not np.array_equal(old, new)]
-        if any(last.info.get(key) != atoms.info.get(key) for key in ("charge", "multiplicity")):
-            changes.append("info")
-        return changes
+        """See `mlff_ase.structures.changes`."""
+        return changes(self.atoms, atoms)
 
     def __getstate__(self) -> dict[str, Any]:
         """A path and options: neither module nor neighbour list travels."""

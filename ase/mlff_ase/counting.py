@@ -8,6 +8,7 @@ from typing import Any
 from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
 
+from mlff_ase.structures import changes
 from mlff_engines.kstep.meter import Meter
 
 
@@ -42,13 +43,8 @@ class CountedCalculator(Calculator):
         self.results = dict(self.inner.results)
 
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
-        """ASE's list of changes; charge and multiplicity are among them."""
-        changes: list[str] = super().check_state(atoms, tol)
-        if self.atoms is not None and any(
-            self.atoms.info.get(key) != atoms.info.get(key) for key in ("charge", "multiplicity")
-        ):
-            changes.append("info")
-        return changes
+        """See `mlff_ase.structures.changes`."""
+        return changes(self.atoms, atoms)
 
     def remember(self) -> tuple[Atoms | None, dict[str, Any]]:
         """The last configuration and its results, for `recall`."""

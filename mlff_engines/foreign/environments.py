@@ -6,7 +6,6 @@ one for CPUs; that is for pip's own configuration to say.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import shutil
@@ -18,7 +17,7 @@ from pathlib import Path
 
 from mlff_engines.errors import ConfigError, MissingEngineError, suggest
 from mlff_engines.files import replacing
-from mlff_engines.native import cache
+from mlff_engines.native import cache, locked
 
 TORCH = "torch==2.13.0"
 
@@ -81,9 +80,7 @@ def make(name: str, echo: Callable[[str], None] = lambda line: None) -> Path:
         MissingEngineError: it cannot be made; with the last words of pip.
     """
     home = folder(name)
-    home.parent.mkdir(parents=True, exist_ok=True)
-    with home.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be making it
+    with locked(home.with_suffix(".lock")):
         if at_hand(name) is None:
             wanted = ENVIRONMENTS[name]
             echo(f"making an environment for {wanted.package}, once: {home}")

@@ -20,7 +20,7 @@ from mlff_engines.validation.result import STATIC, Claims
 from mlff_engines.validation.static.conformance import check_model
 from mlff_engines.validation.static.parity import check_parity, reference
 from mlff_engines.validation.static.systems import cluster, crystal, systems
-from requirements import require_engine
+from requirements import require_engine, require_package
 
 require_engine("openmm")
 
@@ -147,7 +147,7 @@ def test_energies_belong_to_the_sampled_positions(
 
 @pytest.mark.parametrize("temperature", [None, 300.0])
 def test_native_trajectory_holds_the_frames(folder: Path, tmp_path: Path, temperature: float | None) -> None:
-    mdtraj = pytest.importorskip("mdtraj")
+    mdtraj = require_package("mdtraj", "openmm")
     dynamics = started(folder, steps=20, every=5, temperature=temperature)
     found = engine_of(folder).run(dynamics, tmp_path / "run.dcd")
     assert found.file == tmp_path / "run.dcd"
@@ -191,7 +191,7 @@ def test_refusals_are_ours(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_that_fails_leaves_its_frames(folder: Path, tmp_path: Path) -> None:
-    mdtraj = pytest.importorskip("mdtraj")
+    mdtraj = require_package("mdtraj", "openmm")
     dynamics = started(folder, timestep=0.2, steps=50, every=1)
     hurled = dynamics.velocities.copy()
     hurled[3] = (1e304, 0, 0)  # Å/fs

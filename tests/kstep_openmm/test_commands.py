@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 import yaml
 from click.testing import CliRunner
 
 from mlff_engines.errors import ConfigError
-from requirements import require_engine
+from requirements import require_engine, require_package
 
 require_engine("openmm")
-pytest.importorskip("rdkit")
+require_package("rdkit", "openmm")
 
 from mlff_openmm.kstep.commands import prepare, simulate  # noqa: E402
 

@@ -16,11 +16,11 @@ from mlff_engines.kstep.learned import export_jump
 from mlff_engines.kstep.metropolis import Outcome, metropolis
 from mlff_engines.structure import FloatArray
 from mlff_engines.validation.builtin import argon_artifact
-from requirements import require_engine
+from requirements import require_engine, require_package
 
 require_engine("openmm")
-pytest.importorskip("rdkit")
-pytest.importorskip("openmmml")
+require_package("rdkit", "openmm")
+require_package("openmmml", "openmm")
 
 import openmm  # noqa: E402
 from openmm import app  # noqa: E402

@@ -16,11 +16,11 @@ from mlff_engines.export import export
 from mlff_engines.models.lj import LennardJonesConfig
 from mlff_engines.models.registry import build_model
 from mlff_engines.structure import FloatArray
-from requirements import require_engine
+from requirements import require_engine, require_package
 
 require_engine("openmm")
-pytest.importorskip("rdkit")
-pytest.importorskip("openmmml")
+require_package("rdkit", "openmm")
+require_package("openmmml", "openmm")
 
 import openmm  # noqa: E402
 from openmm import app, unit  # noqa: E402

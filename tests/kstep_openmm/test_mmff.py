@@ -10,10 +10,10 @@ import pytest
 
 from mlff_engines.errors import StructureError
 from mlff_engines.structure import FloatArray
-from requirements import REPOSITORY, require_engine
+from requirements import REPOSITORY, require_engine, require_package
 
 require_engine("openmm")
-pytest.importorskip("rdkit")
+require_package("rdkit", "openmm")
 
 import openmm  # noqa: E402
 from openmm import unit  # noqa: E402

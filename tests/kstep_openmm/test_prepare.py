@@ -13,10 +13,10 @@ import pytest
 import students
 from mlff_engines.config import load_yaml, parse
 from mlff_engines.errors import ConfigError, DataError, MissingEngineError, MLFFError, StructureError
-from requirements import REPOSITORY, require_engine
+from requirements import REPOSITORY, require_engine, require_package
 
 require_engine("openmm")
-pytest.importorskip("rdkit")
+require_package("rdkit", "openmm")
 
 import openmm  # noqa: E402
 from openmm import app, unit  # noqa: E402

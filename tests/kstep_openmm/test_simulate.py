@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from mlff_engines.errors import ConfigError, DataError, SimulationError
-from requirements import require_engine
+from requirements import require_engine, require_package
 
 require_engine("openmm")
-pytest.importorskip("rdkit")
+require_package("rdkit", "openmm")
 
 from mlff_openmm.kstep import simulate as stage  # noqa: E402
 from mlff_openmm.kstep.config import MDConfig  # noqa: E402

@@ -14,11 +14,11 @@ from mlff_engines import cli
 from mlff_engines.errors import ConfigError
 from mlff_engines.kstep.pipeline import PipelineConfig, run_stages
 from mlff_engines.validation.reports.large_steps import evaluate_runs
-from requirements import REPOSITORY, require_engine
+from requirements import REPOSITORY, require_engine, require_package
 
 require_engine("openmm")
 for module in ("rdkit", "openmmml", "torch_geometric", "MDAnalysis", "jinja2"):
-    pytest.importorskip(module)
+    require_package(module, "openmm")
 
 EXAMPLE = REPOSITORY / "examples" / "kstep.yaml"
 FEW = [  # of the example's; A2 costs as much again

@@ -14,11 +14,11 @@ import students
 from mlff_engines.errors import ConfigError
 from mlff_engines.kstep.learned import export_jump
 from mlff_engines.structure import FloatArray
-from requirements import require_engine
+from requirements import require_engine, require_package
 
 require_engine("openmm")
-pytest.importorskip("rdkit")
-pytest.importorskip("openmmml")
+require_package("rdkit", "openmm")
+require_package("openmmml", "openmm")
 
 import openmm  # noqa: E402
 

@@ -8,12 +8,12 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from mlff_engines.checkpoint import Domain
 from mlff_engines.errors import ExtrapolationWarning, StructureError, suggest
 from mlff_engines.graph import Graph, make_graph
-from mlff_engines.neighbors import VerletList
+from mlff_engines.kernels import geometry, loaded
+from mlff_engines.neighbors import VerletList, near
 from mlff_engines.potential import edge_forces
 from mlff_engines.structure import MAX_ATOMIC_NUMBER, NUMBERS, SYMBOLS, FloatArray, IntArray, Result, Structure
 
@@ -43,7 +43,7 @@ class Evaluator:
         *,
         takes_charge: bool = False,
         takes_spin: bool = False,
-        skin: float = 0.5,
+        skin: float = 1.0,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         outside: str = "warn",
@@ -56,17 +56,19 @@ class Evaluator:
         self.takes_charge, self.takes_spin = takes_charge, takes_spin
         self.bytes_per_edge, self.bytes_per_atom = bytes_per_edge, bytes_per_atom
         self.dtype, self.device = dtype, torch.device(device)
-        self.neighbors = VerletList(cutoff, skin)
+        self._operators = self.device.type == "cpu" and loaded()
+        self.neighbors = VerletList(cutoff, skin, geometry.near if self._operators else near)
         self._known = np.zeros(MAX_ATOMIC_NUMBER + 1, dtype=bool)
         self._known[[NUMBERS[symbol] for symbol in domain.elements]] = True
         self._min_square = np.zeros((MAX_ATOMIC_NUMBER + 1, MAX_ATOMIC_NUMBER + 1))
         for pair, distance in domain.min_distances.items():
             a, b = (NUMBERS[symbol] for symbol in pair.split("-"))
             self._min_square[a, b] = self._min_square[b, a] = distance**2
-        self._largest_min_square = max(float(self._min_square.max()), COINCIDENT**2)
+        # shorter squares need a closer look
+        self._largest_least = max(float(self._min_square.max()), COINCIDENT**2)
+        self._least = torch.from_numpy(np.maximum(self._min_square, np.nextafter(COINCIDENT**2, 1)))
         self._warned: set[str] = set()
-        self._numbers: IntArray | None = None  # of the last structure, as are the two below
-        self._state = (0.0, 0.0)
+        self._state: tuple[bytes, float, float] | None = None  # of the last structure, as is what follows
         self._atoms: Graph = {}
 
     def __call__(self, structure: Structure) -> Result:
@@ -78,16 +80,40 @@ class Evaluator:
         """
         atoms = self._composition(structure)
         index, edge_vec = self.neighbors.update(structure)
-        self._check_distances(structure, index, edge_vec)
         edge_index = torch.from_numpy(index).to(self.device)
         vectors = torch.from_numpy(edge_vec).to(self.device)
-        graph = {**atoms, "edge_index": edge_index, "edge_vec": vectors.to(self.dtype)}
-        return self._result(structure, edge_index, vectors, self._run(graph))
+        out = self._run({**atoms, "edge_index": edge_index, "edge_vec": vectors.to(self.dtype)})
+        gradient = out["edge_gradient"]
+        # summed in float64, so that forces add up to zero whatever the model's precision
+        if self._operators:
+            forces, virial, finite, close = geometry.forces(
+                edge_index, vectors, gradient, atoms["numbers"], self._least
+            )
+        else:
+            gradient = gradient.double()
+            forces, virial = edge_forces(edge_index, gradient, len(structure)), -(vectors.T @ gradient)
+            virial, finite, close = 0.5 * (virial + virial.T), bool(forces.isfinite().all()), True
+        if close:
+            self._check_distances(structure, index, edge_vec)
+        energies = out["node_energy"].cpu().numpy()
+        if not (finite and np.isfinite(energies).all()):
+            self._report_not_finite(structure, energies, forces.cpu().numpy())
+        volume, total_virial = structure.volume, virial.cpu().numpy()
+        return Result(
+            energy=float(energies.sum()),
+            energies=energies,
+            forces=forces.cpu().numpy(),
+            virial=total_virial,
+            stress=None if volume is None else total_virial / -volume,
+            energy_std=float(out["energy_std"][0]) if "energy_std" in out else None,
+            force_std=out["force_std"].detach().cpu().double().numpy() if "force_std" in out else None,
+        )
 
     def _composition(self, structure: Structure) -> Graph:
         """All of the graph but the edges; checked and made when it changes, not at every step."""
-        numbers, charge, spin = self._numbers, structure.charge, structure.spin
-        if (charge, spin) != self._state or numbers is None or not np.array_equal(numbers, structure.numbers):
+        charge, spin = structure.charge, structure.spin
+        state = structure.numbers.tobytes(), charge, spin
+        if state != self._state:
             self.check_composition(structure)
             self._atoms = make_graph(
                 numbers=torch.from_numpy(structure.numbers.copy()).to(self.device),
@@ -96,7 +122,7 @@ class Evaluator:
                 charge=torch.tensor([charge], dtype=self.dtype, device=self.device),
                 spin=torch.tensor([spin], dtype=self.dtype, device=self.device),
             )
-            self._numbers, self._state = structure.numbers.copy(), (charge, spin)
+            self._state = state
         return self._atoms
 
     def _run(self, graph: Graph) -> Graph:
@@ -126,29 +152,12 @@ class Evaluator:
             f"at this density at most about {largest} atoms fit"
         )
 
-    def _result(self, structure: Structure, edge_index: Tensor, vectors: Tensor, out: Graph) -> Result:
-        # summed in float64, so that forces add up to zero whatever the model's precision
-        gradient = out["edge_gradient"].double()
-        forces = edge_forces(edge_index, gradient, len(structure)).cpu().numpy()
-        virial = -(vectors.T @ gradient).cpu().numpy()
-        virial = 0.5 * (virial + virial.T)
-        energies = out["node_energy"].cpu().numpy()
+    @staticmethod
+    def _report_not_finite(structure: Structure, energies: FloatArray, forces: FloatArray) -> None:
         bad = np.flatnonzero(~(np.isfinite(forces).all(axis=1) & np.isfinite(energies)))
-        if len(bad):
-            raise StructureError(
-                f"the model's energy or force is not finite on atom {bad[0]} "
-                f"({SYMBOLS[structure.numbers[bad[0]]]}), and on {len(bad) - 1} more: "
-                "the structure is far outside the trained range"
-            )
-        volume = structure.volume
-        return Result(
-            energy=float(energies.sum()),
-            energies=energies,
-            forces=forces,
-            virial=virial,
-            stress=None if volume is None else -virial / volume,
-            energy_std=float(out["energy_std"][0]) if "energy_std" in out else None,
-            force_std=out["force_std"].detach().cpu().double().numpy() if "force_std" in out else None,
+        raise StructureError(
+            f"the model's energy or force is not finite on atom {bad[0]} ({SYMBOLS[structure.numbers[bad[0]]]}), "
+            f"and on {len(bad) - 1} more: the structure is far outside the trained range"
         )
 
     def check_composition(self, structure: Structure) -> None:
@@ -179,8 +188,8 @@ class Evaluator:
         self._report_outside(name, f"{name} {value:g} was not in the training data ({allowed})")
 
     def _check_distances(self, structure: Structure, edge_index: IntArray, edge_vec: FloatArray) -> None:
-        square = np.einsum("ej,ej->e", edge_vec, edge_vec)
-        few = np.flatnonzero(square <= self._largest_min_square)  # bonds, mostly
+        square = np.square(edge_vec).sum(axis=1)
+        few = np.flatnonzero(square <= self._largest_least)  # bonds, mostly
         edge_index, square = edge_index.take(few, axis=1), square.take(few)
         trained = self._min_square[structure.numbers[edge_index[0]], structure.numbers[edge_index[1]]]
         if not ((square < trained) | (square <= COINCIDENT**2)).any():

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
+from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import vesin
@@ -11,6 +14,9 @@ from mlff_engines.errors import StructureError
 from mlff_engines.structure import BoolArray, FloatArray, IntArray, Structure
 
 FARTHEST = 1e7  # Å
+
+# edges among candidates, or None if these do not hold any more; see `near`
+Near = Callable[[FloatArray, FloatArray, float, IntArray, FloatArray | None, float], tuple[IntArray, FloatArray] | None]
 
 
 def neighbor_list(
@@ -29,6 +35,36 @@ def neighbor_list(
     """
     edge_index, shift = candidates(positions, cell, pbc, cutoff)
     return edge_index, _edge_vectors(positions, edge_index, shift @ cell)
+
+
+def near(
+    positions: FloatArray,
+    origin: FloatArray,
+    reach: float,
+    pairs: IntArray,
+    offset: FloatArray | None,
+    cutoff: float,
+) -> tuple[IntArray, FloatArray] | None:
+    """Those of `pairs` that are closer than `cutoff`, in their order; None if an atom has left its `origin` too far.
+
+    Args:
+        positions, origin: (N, 3), Å.
+        reach: Å; an atom may have moved that far.
+        pairs: (2, P) centres and neighbours.
+        offset: (P, 3), Å, from each neighbour to its image; None for no images.
+        cutoff: Å.
+
+    Returns:
+        edge_index (2, E) and edge_vec = r_j - r_i + offset (E, 3) in Å.
+    """
+    # squares are summed in this order for the operator in mlff_engines.kernels.geometry to find the same, bit by bit
+    x, y, z = (positions - origin).T
+    if (x * x + y * y + z * z).max(initial=0.0) > reach * reach:
+        return None
+    vectors = _edge_vectors(positions, pairs, offset)
+    x, y, z = vectors.T
+    close = np.flatnonzero(x * x + y * y + z * z < cutoff * cutoff)
+    return pairs.take(close, axis=1), vectors.take(close, axis=0)
 
 
 def neighbor_list_reference(
@@ -62,46 +98,63 @@ class VerletList:
     at least (cutoff + skin - 2u)·s apart: the candidates hold while that is at least `cutoff`. What is handed out is
     what a new search would find, in the same order: a run depends neither on the skin nor on when it was restarted.
 
+    Args:
+        cutoff: Å.
+        skin: Å; 0 searches anew for every structure.
+        near: finds the edges among the candidates.
+
     Attributes:
         builds: number of searches so far.
     """
 
-    def __init__(self, cutoff: float, skin: float) -> None:
+    def __init__(self, cutoff: float, skin: float, near: Near = near) -> None:
         self.cutoff = cutoff
         self.skin = skin
         self.builds = 0
+        self._near = near
         self._reference: Structure | None = None
-        self._edge_index: IntArray = np.zeros((2, 0), dtype=np.int64)
+        self._pairs: IntArray = np.zeros((2, 0), dtype=np.int64)
         self._shift: FloatArray = np.zeros((0, 3))
+        self._offset: FloatArray | None = None
+        self._offset_cell = b""  # that the offsets are made of
 
     def update(self, structure: Structure) -> tuple[IntArray, FloatArray]:
         """edge_index (2, E) and edge_vec (E, 3) in Å of all pairs closer than the cutoff; see `neighbor_list`."""
-        if not self._holds(structure):
-            self._edge_index, self._shift = candidates(
+        reach = self._reach(structure)
+        found = None if reach < 0 else self._edges(structure, reach)
+        if found is None:
+            self._pairs, self._shift = candidates(
                 structure.positions, structure.cell, structure.pbc, self.cutoff + self.skin
             )
-            self._reference = structure
+            self._offset, self._offset_cell = None, b""
+            # a copy, for the caller may move its own atoms
+            self._reference = replace(structure, positions=structure.positions.copy())
             self.builds += 1
-        offset = self._shift @ structure.cell if structure.pbc.any() else None
-        vectors = _edge_vectors(structure.positions, self._edge_index, offset)
-        close = np.flatnonzero(np.einsum("ej,ej->e", vectors, vectors) < self.cutoff**2)
-        return self._edge_index.take(close, axis=1), vectors.take(close, axis=0)
+            found = self._edges(structure, math.inf)
+            assert found is not None
+        return found
 
-    def _holds(self, structure: Structure) -> bool:
+    def _edges(self, structure: Structure, reach: float) -> tuple[IntArray, FloatArray] | None:
+        assert self._reference is not None
+        if (cell := structure.cell.tobytes()) != self._offset_cell and structure.pbc.any():
+            self._offset, self._offset_cell = self._shift @ structure.cell, cell
+        return self._near(structure.positions, self._reference.positions, reach, self._pairs, self._offset, self.cutoff)
+
+    def _reach(self, structure: Structure) -> float:
+        """How far, in Å, atoms may have moved since the last search; negative if another search is due anyway."""
         old = self._reference
-        if old is None or self.skin == 0 or len(old) != len(structure) or (old.pbc != structure.pbc).any():
-            return False
-        if (old.numbers != structure.numbers).any():
-            return False
-        positions, smallest_stretch = structure.positions, 1.0
-        if structure.pbc.any() and (old.cell != structure.cell).any():
-            new_cell, old_cell = (_complete_cell(s.cell, s.pbc) for s in (structure, old))
-            deformation = np.linalg.solve(old_cell, new_cell)
-            smallest_stretch = float(np.linalg.svd(deformation, compute_uv=False)[-1])
-            positions = positions @ np.linalg.inv(deformation)
-        moved = positions - old.positions
+        if old is None or self.skin == 0 or old.pbc.tobytes() != structure.pbc.tobytes():
+            return -1.0
+        if old.numbers.tobytes() != structure.numbers.tobytes():
+            return -1.0
+        if old.cell.tobytes() == structure.cell.tobytes() or not structure.pbc.any():
+            return self.skin / 2
+        new_cell, old_cell = (_complete_cell(s.cell, s.pbc) for s in (structure, old))
+        deformation = np.linalg.solve(old_cell, new_cell)
+        smallest_stretch = float(np.linalg.svd(deformation, compute_uv=False)[-1])
+        moved = structure.positions @ np.linalg.inv(deformation) - old.positions
         displacement = float(np.sqrt((moved * moved).sum(axis=1).max(initial=0.0)))
-        return (self.cutoff + self.skin - 2 * displacement) * smallest_stretch >= self.cutoff
+        return math.inf if (self.cutoff + self.skin - 2 * displacement) * smallest_stretch >= self.cutoff else -1.0
 
 
 def candidates(positions: FloatArray, cell: FloatArray, pbc: BoolArray, cutoff: float) -> tuple[IntArray, FloatArray]:
@@ -116,11 +169,11 @@ def candidates(positions: FloatArray, cell: FloatArray, pbc: BoolArray, cutoff: 
         )
     search = vesin.NeighborList(cutoff=cutoff, full_list=True, sorted=False, n_threads=1)
     pairs, shift = search.compute(positions, _complete_cell(cell, pbc), pbc, "PS")
-    centre, neighbour = pairs.T.astype(np.int64)
+    index = np.ascontiguousarray(pairs.T, dtype=np.int64)
     # one order for ever: sums over edges must not depend on the machine, nor on how far the search reached
-    pair = centre * len(positions) + neighbour
+    pair = index[0] * len(positions) + index[1]
     order = np.lexsort((*shift.T, pair)) if pbc.any() else np.argsort(pair)
-    return np.stack([centre[order], neighbour[order]]), shift[order].astype(np.float64)
+    return index.take(order, axis=1), shift.take(order, axis=0).astype(np.float64)
 
 
 def _edge_vectors(positions: FloatArray, edge_index: IntArray, offset: FloatArray | None) -> FloatArray:

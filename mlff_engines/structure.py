@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -75,7 +76,10 @@ class Structure:
         numbers = np.ascontiguousarray(self.numbers, dtype=np.int64)
         positions = np.ascontiguousarray(self.positions, dtype=np.float64)
         cell = np.ascontiguousarray(self.cell, dtype=np.float64)
-        pbc = np.ascontiguousarray(np.broadcast_to(self.pbc, 3), dtype=np.bool_)
+        pbc = np.asarray(self.pbc, dtype=np.bool_)
+        if pbc.shape != (3,):
+            pbc = np.broadcast_to(pbc, 3)
+        pbc = np.ascontiguousarray(pbc)
         for name, array in (("numbers", numbers), ("positions", positions), ("cell", cell), ("pbc", pbc)):
             object.__setattr__(self, name, array)
         if numbers.ndim != 1 or positions.shape != (len(numbers), 3) or cell.shape != (3, 3):
@@ -83,40 +87,59 @@ class Structure:
                 f"got numbers {numbers.shape}, positions {positions.shape}, cell {cell.shape}; "
                 "expected (N,), (N, 3) and (3, 3)"
             )
-        bad = np.flatnonzero((numbers < 1) | (numbers > MAX_ATOMIC_NUMBER))
-        if len(bad):
-            raise StructureError(f"atomic number {numbers[bad[0]]} of atom {bad[0]}; allowed: 1 to {MAX_ATOMIC_NUMBER}")
-        bad = np.flatnonzero(~np.isfinite(positions).all(axis=1))
-        if len(bad):
-            atom = bad[0]
-            raise StructureError(
-                f"atom {atom} ({SYMBOLS[numbers[atom]]}) has a coordinate that is not finite: "
-                f"{positions[atom].tolist()}; {len(bad)} such atom(s). The dynamics that led here has probably exploded"
-            )
-        self._check_cell(cell, pbc)
+        _check_numbers(numbers.tobytes())
+        if not np.isfinite(positions).all():
+            self._report_not_finite()
+        _checked_volume(cell.tobytes(), pbc.tobytes())
 
-    @staticmethod
-    def _check_cell(cell: FloatArray, pbc: BoolArray) -> None:
-        periodic = cell[pbc]
-        if not len(periodic):
-            return
-        gram = periodic @ periodic.T
-        lengths = np.sqrt(np.diag(gram))
-        # the volume (area, length) spanned, relative to an orthogonal cell of the same edges
-        spanned = np.sqrt(max(np.linalg.det(gram), 0.0)) if np.isfinite(gram).all() else 0.0
-        if not np.isfinite(cell).all() or (lengths < 1e-6).any() or spanned < 1e-6 * lengths.prod():
-            raise StructureError(
-                f"the cell is singular along its periodic axes: cell {cell.tolist()}, pbc {pbc.tolist()}. "
-                "Give non-zero, linearly independent lattice vectors or switch pbc off"
-            )
+    def _report_not_finite(self) -> None:
+        bad = np.flatnonzero(~np.isfinite(self.positions).all(axis=1))
+        atom = bad[0]
+        raise StructureError(
+            f"atom {atom} ({SYMBOLS[self.numbers[atom]]}) has a coordinate that is not finite: "
+            f"{self.positions[atom].tolist()}; {len(bad)} such atom(s). "
+            "The dynamics that led here has probably exploded"
+        )
 
     @property
     def volume(self) -> float | None:
         """Volume in Å³ for three periodic axes, else None: a slab or molecule has no defined volume."""
-        return abs(float(np.linalg.det(self.cell))) if self.pbc.all() else None
+        return _checked_volume(self.cell.tobytes(), self.pbc.tobytes())
 
     def __len__(self) -> int:
         return len(self.numbers)
+
+
+# once per composition and cell, for most dynamics never change them
+@lru_cache(maxsize=16)
+def _check_numbers(as_bytes: bytes) -> None:
+    numbers = np.frombuffer(as_bytes, dtype=np.int64)
+    bad = np.flatnonzero((numbers < 1) | (numbers > MAX_ATOMIC_NUMBER))
+    if len(bad):
+        raise StructureError(f"atomic number {numbers[bad[0]]} of atom {bad[0]}; allowed: 1 to {MAX_ATOMIC_NUMBER}")
+
+
+@lru_cache(maxsize=16)
+def _checked_volume(cell_bytes: bytes, pbc_bytes: bytes) -> float | None:
+    """As `Structure.volume`.
+
+    Raises:
+        StructureError: a singular cell.
+    """
+    cell, pbc = np.frombuffer(cell_bytes).reshape(3, 3), np.frombuffer(pbc_bytes, dtype=np.bool_)
+    periodic = cell[pbc]
+    if not len(periodic):
+        return None
+    gram = periodic @ periodic.T
+    lengths = np.sqrt(np.diag(gram))
+    # the volume (area, length) spanned, relative to an orthogonal cell of the same edges
+    spanned = np.sqrt(max(np.linalg.det(gram), 0.0)) if np.isfinite(gram).all() else 0.0
+    if not np.isfinite(cell).all() or (lengths < 1e-6).any() or spanned < 1e-6 * lengths.prod():
+        raise StructureError(
+            f"the cell is singular along its periodic axes: cell {cell.tolist()}, pbc {pbc.tolist()}. "
+            "Give non-zero, linearly independent lattice vectors or switch pbc off"
+        )
+    return abs(float(np.linalg.det(cell))) if pbc.all() else None
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,13 @@ from typing import Any
 
 from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
-from ase.stress import full_3x3_to_voigt_6_stress
 
 from mlff_ase.structures import changes, to_structure
-from mlff_engines.artifact import Artifact, Dtype, load
+from mlff_engines.artifact import Artifact, load
 from mlff_engines.errors import ArtifactError
+from mlff_engines.manifest import Dtype
+
+VOIGT = (0, 4, 8, 5, 2, 1)  # xx, yy, zz, yz, xz, xy in a symmetric tensor
 
 
 class MLFFCalculator(Calculator):
@@ -50,7 +52,7 @@ class MLFFCalculator(Calculator):
         *,
         device: str = "cpu",
         dtype: Dtype | None = None,
-        skin: float = 0.5,
+        skin: float = 1.0,
         outside: str = "warn",
     ) -> None:
         super().__init__()
@@ -73,7 +75,10 @@ class MLFFCalculator(Calculator):
         system_changes: Sequence[str] = all_changes,
     ) -> None:
         """Everything at once, whatever is asked for: it is one evaluation."""
-        super().calculate(atoms, properties, system_changes)
+        if atoms is not None and self.atoms is not None and list(system_changes) == ["positions"]:
+            self.atoms.positions[:] = atoms.positions  # what a copy holds besides has not changed
+        else:
+            super().calculate(atoms, properties, system_changes)
         result = self._evaluate(to_structure(self.atoms))
         self.results = {
             "energy": result.energy,
@@ -83,7 +88,7 @@ class MLFFCalculator(Calculator):
             "virial": result.virial,
         }
         if result.stress is not None:
-            self.results["stress"] = full_3x3_to_voigt_6_stress(result.stress)
+            self.results["stress"] = result.stress.take(VOIGT)
         if result.energy_std is not None:
             self.results |= {"energy_std": result.energy_std, "force_std": result.force_std}
 

@@ -18,7 +18,7 @@ def to_structure(atoms: Atoms) -> Structure:
     return Structure(
         atoms.numbers,
         atoms.positions,
-        np.asarray(atoms.cell),
+        atoms.cell.array,
         atoms.pbc,
         charge=float(atoms.info.get("charge", 0.0)),
         spin=float(atoms.info.get("multiplicity", 1) - 1),
@@ -48,7 +48,8 @@ def changes(last: Atoms | None, atoms: Atoms) -> list[str]:
     arrays = ("positions", "numbers", "initial_charges", "initial_magmoms")
     pairs = {name: (last.arrays.get(name), atoms.arrays.get(name)) for name in arrays}
     pairs |= {"cell": (last.cell.array, atoms.cell.array), "pbc": (last.pbc, atoms.pbc)}
-    found = [name for name, (old, new) in pairs.items() if not np.array_equal(old, new)]
+    # most of them are none at all
+    found = [name for name, (old, new) in pairs.items() if old is not new and not np.array_equal(old, new)]
     if any(last.info.get(key) != atoms.info.get(key) for key in ("charge", "multiplicity")):
         found.append("info")
     return found

@@ -18,10 +18,10 @@ from mlff_engines.errors import KernelWarning, MissingEngineError
 from mlff_engines.kernels.painn import FusedPaiNN, memory
 from mlff_engines.potential import Ensemble, Potential
 
-__all__ = ["FUSED", "available", "fuse", "library", "load_operators", "memory"]
+__all__ = ["FUSED", "available", "fuse", "library", "load_operators", "loaded", "memory"]
 
 SOURCE = Path(__file__).parent / "painn.cpp"
-FLAGS = ("-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wno-maybe-uninitialized")
+FLAGS = ("-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-maybe-uninitialized")
 FUSED: dict[str, Callable[[Potential], Potential]] = {"painn": FusedPaiNN}  # by architecture
 
 
@@ -46,6 +46,11 @@ def load_operators() -> None:
         torch.ops.load_library(str(path))
     except OSError as error:
         raise MissingEngineError(f"cannot load {path}: {error}. Delete it, and it is built again") from None
+
+
+def loaded() -> bool:
+    """Whether this process knows the operators already."""
+    return load_operators.cache_info().currsize > 0
 
 
 @functools.cache

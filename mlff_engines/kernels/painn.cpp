@@ -1,5 +1,6 @@
-// The operator mlff::painn_v1; mlff_engines/kernels/painn.py says what its arguments are.
+// All operators of the library. painn.py and geometry.py in mlff_engines/kernels say what their arguments are.
 
+#include "geometry.h"
 #include "model.h"
 
 #include <torch/library.h>
@@ -80,6 +81,17 @@ TORCH_LIBRARY(mlff, m)
   m.def(
       "painn_v1(Tensor rows, Tensor edge_index, Tensor edge_vec, Tensor seed, Tensor q, Tensor x, Tensor weights, "
       "Tensor filters, int hidden, int layers, float start, float cutoff) -> (Tensor, Tensor)");
+  m.def(
+      "near_v1(Tensor positions, Tensor origin, float reach, Tensor pairs, Tensor? offset, float cutoff) -> "
+      "(Tensor?, Tensor?)");
+  m.def(
+      "forces_v1(Tensor edge_index, Tensor edge_vec, Tensor gradient, Tensor numbers, Tensor least) -> "
+      "(Tensor, Tensor, bool, bool)");
 }
 
-TORCH_LIBRARY_IMPL(mlff, CPU, m) { m.impl("painn_v1", &mlff::painn); }
+TORCH_LIBRARY_IMPL(mlff, CPU, m)
+{
+  m.impl("painn_v1", &mlff::painn);
+  m.impl("near_v1", &mlff::near);
+  m.impl("forces_v1", &mlff::forces);
+}

@@ -28,7 +28,7 @@ class MLFFPotentialImplFactory(MLPotentialImplFactory):
 
         Raises:
             ConfigError: no model, or an unknown option.
-            ArtifactError: see `mlff_engines.artifact.inspect`.
+            ArtifactError: see `mlff_engines.manifest.inspect`.
         """
         _refuse_unknown(args, OPTIONS | {"model", CORRECTOR})
         if model is None:
@@ -49,7 +49,7 @@ class MLFFPotentialImpl(MLPotentialImpl):
     """
 
     def __init__(self, model: Path, options: dict[str, Any]) -> None:
-        from mlff_engines.artifact import inspect
+        from mlff_engines.manifest import inspect
 
         inspect(model)
         self.model, self.options = model.absolute(), options

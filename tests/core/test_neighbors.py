@@ -98,11 +98,8 @@ class Careless(VerletList):
         super().__init__(3.0, 0.6)
         self.factor = factor
 
-    def _holds(self, structure: Structure) -> bool:
-        if self._reference is None:
-            return False
-        moved = np.linalg.norm(structure.positions - self._reference.positions, axis=1).max()
-        return bool(2 * moved < self.factor * self.skin)
+    def _reach(self, structure: Structure) -> float:
+        return -1.0 if self._reference is None else self.factor * self.skin / 2
 
 
 def test_careless_lists_are_caught() -> None:

@@ -44,7 +44,7 @@ class BatchDynamics:
         skin: of the neighbour lists, Å.
     """
 
-    def __init__(self, artifact: Artifact, replicas: Replicas, integrator: Integrator, *, skin: float = 0.5) -> None:
+    def __init__(self, artifact: Artifact, replicas: Replicas, integrator: Integrator, *, skin: float = 1.0) -> None:
         self.replicas, self.integrator = replicas, integrator
         self.steps = 0
         self.failed: dict[int, int] = {}

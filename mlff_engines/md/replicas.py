@@ -104,13 +104,14 @@ class BatchEvaluator:
         StructureError: elements, charges or spins that the model does not know, or another device.
     """
 
-    def __init__(self, artifact: Artifact, replicas: Replicas, *, skin: float = 0.5) -> None:
+    def __init__(self, artifact: Artifact, replicas: Replicas, *, skin: float = 1.0) -> None:
         if artifact.device != replicas.device:
             raise StructureError(f"the artifact is on {artifact.device}, the replicas on {replicas.device}")
         check = artifact.evaluator(outside="ignore").check_composition
         for structure in replicas.structures:
             check(structure)
-        self.artifact, self.replicas = artifact, replicas
+        self.replicas, self.dtype = replicas, artifact.dtype
+        self.potential = artifact.replayed()
         self.cutoff, self.skin = artifact.manifest.cutoff, skin
         self.left_out: set[int] = set()  # replicas without edges from now on
         self.builds = 0
@@ -134,11 +135,13 @@ class BatchEvaluator:
         vectors = replicas.positions.index_select(0, self._index[1])
         vectors -= replicas.positions.index_select(0, self._index[0])
         vectors += self._offset
-        close = (vectors.square().sum(1) < self.cutoff**2).nonzero().squeeze(1)
-        edge_index, vectors = self._index.index_select(1, close), vectors.index_select(0, close)
-        graph: Graph = {**self._atoms, "edge_index": edge_index, "edge_vec": vectors.to(self.artifact.dtype)}
+        edge_index = self._index
+        if not vectors.is_cuda:  # a GPU would wait for the host to learn how many they are; beyond, edges count nothing
+            close = (vectors.square().sum(1) < self.cutoff**2).nonzero().squeeze(1)
+            edge_index, vectors = edge_index.index_select(1, close), vectors.index_select(0, close)
+        graph: Graph = {**self._atoms, "edge_index": edge_index, "edge_vec": vectors.to(self.dtype)}
         with torch.enable_grad():
-            out = self.artifact(graph)
+            out = self.potential(graph)
         gradient = out["edge_gradient"].detach().double()
         of_edge = replicas.batch.index_select(0, edge_index[0])
         return BatchResult(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from mlff_engines.checkpoint import Domain, save_checkpoint
 from mlff_engines.config import parse
 from mlff_engines.models.jump import JumpConfig, JumpModel, JumpTerms
 from mlff_engines.structure import SYMBOLS, Structure
+from requirements import missing
 
 ETHANOL = Structure(
     np.array([6, 6, 8, 1, 1, 1, 1, 1, 1]),
@@ -34,3 +36,9 @@ def checkpoint(folder: Path, seed: int = 0, terms: JumpTerms = TERMS, **settings
     model = JumpModel(config, terms)
     save_checkpoint(folder, model, config, Domain(elements=list(MASSES)), {"teacher": "none"}, [ETHANOL], terms)
     return folder
+
+
+def require_torchmdnet() -> None:
+    """Skips where TorchMD-Net is not installed."""
+    if importlib.util.find_spec("torchmdnet") is None:
+        missing("torchmdnet", "TorchMD-Net is not installed: pip install torchmd-net")

@@ -16,7 +16,6 @@ from mlff_ase.bonds import Constraints, constrain
 from mlff_ase.counting import CountedCalculator
 from mlff_ase.fields import artifact_field, calculator_field
 from mlff_ase.structures import to_structure
-from mlff_engines.artifact import inspect
 from mlff_engines.errors import ConfigError, SimulationError, suggest
 from mlff_engines.files import replacing
 from mlff_engines.kstep.jumps import Displacement, Jump, correct, flow, land
@@ -24,12 +23,12 @@ from mlff_engines.kstep.learned import LearnedJump
 from mlff_engines.kstep.metropolis import LengthAdaptation, jittered, metropolis
 from mlff_engines.kstep.particles import Bath, Evaluation, ForceField, Particles
 from mlff_engines.kstep.propagators import Pair, respa, trajectory
-from mlff_engines.kstep.stability import DOUBTFUL, largest_step, require_safe, stiffness
+from mlff_engines.kstep.stability import require_safe_student
+from mlff_engines.manifest import inspect
 from mlff_engines.structure import FloatArray
 
 Variant = Literal["A1", "A2", "C", "D"]
 VARIANTS = ("A1", "A2", "C", "D")
-CHECK_STEPS = 12  # of Lanczos' method on the true forces, two calls each
 
 
 @dataclass
@@ -90,7 +89,8 @@ class KStepDynamics(MolecularDynamics):
         acceptance: D: aimed at in the burn-in.
         jitter: D: lengths are drawn from k·(1 ± jitter).
         longest: D: the most steps that the burn-in may choose.
-        allow_unsafe: C: take a macro-step at a resonance all the same, to show what happens.
+        allow_unsafe: C: take a macro-step at a resonance all the same, to show what happens. Otherwise the student is
+            tried on `atoms` first: 24 true calls, counted as "check".
         trajectory, logfile, loginterval: as of every ASE dynamics.
 
     Attributes:
@@ -152,8 +152,8 @@ class KStepDynamics(MolecularDynamics):
         super().__init__(atoms, macro * timestep, trajectory, logfile, loginterval)
         v = self._particles.tangent(atoms.positions, atoms.get_velocities() * units.fs)
         atoms.set_momenta(self.masses * v / units.fs, apply_constraint=False)
-        if variant == "C":
-            self._refuse_unsafe(allow_unsafe)
+        if variant == "C" and steps > 1 and not allow_unsafe:
+            self._refuse_unsafe()
 
     @staticmethod
     def _check(
@@ -213,21 +213,18 @@ class KStepDynamics(MolecularDynamics):
 
         return jump
 
-    def _refuse_unsafe(self, allow: bool) -> None:
+    def _refuse_unsafe(self) -> None:
         """The rule of `mlff_engines.kstep.stability` at the present configuration."""
         student, x = self._student, self.atoms.get_positions()
         assert student is not None
-        macro, fastest = self.steps * self._h, np.sqrt(stiffness(student, self._particles, x))
-        residual = None
-        if fastest > 0 and macro >= largest_step(fastest, DOUBTFUL * fastest**2) and not allow:
 
-            def difference(x: FloatArray) -> Evaluation:
-                return Evaluation(0.0, self._field(x).forces - student(x).forces)
+        def residual(x: FloatArray) -> Evaluation:
+            return Evaluation(0.0, self._field(x).forces - student(x).forces)
 
-            with self.meter.purpose("check"):
-                residual = stiffness(difference, self._particles, x, CHECK_STEPS)
-        if not allow:
-            require_safe(macro, self._h, fastest, residual, self.friction or 0.0)
+        with self.meter.purpose("check"):
+            require_safe_student(
+                student, residual, self._particles, [x], self.steps * self._h, self._h, self.friction or 0.0
+            )
 
     def step(self, forces: Any = None) -> None:
         """One macro-step or proposal."""

@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from mlff_engines import artifact
-from mlff_engines.artifact import DTYPES, SCHEMA, TOLERANCE, Dtype, GoldenJump, Manifest, Units
 from mlff_engines.checkpoint import CheckpointConfig, Domain, StructureRecord, load_jump_checkpoint, set_dtype
 from mlff_engines.config import parse
 from mlff_engines.errors import ArtifactError, ConfigError, StructureError
 from mlff_engines.files import replacing
 from mlff_engines.graph import Graph, make_graph
 from mlff_engines.kstep.jumps import Displacement
+from mlff_engines.manifest import DTYPES, SCHEMA, TOLERANCE, Dtype, GoldenJump, Manifest, Units
 from mlff_engines.models.jump import JumpConfig, JumpTerms
 from mlff_engines.neighbors import VerletList
 from mlff_engines.structure import NUMBERS, SYMBOLS, FloatArray, IntArray, Structure
@@ -203,7 +203,7 @@ def export_jump(
         units=Units(length="Angstrom", energy="eV"),
         dtype=dtype,
         cutoff=hyper.cutoff,
-        layers=hyper.interactions,
+        layers=hyper.hops,
         takes_charge=False,
         takes_spin=False,
         outputs=["dx", "dv", "clamped", "drift_x", "drift_v", *(["forces"] if hyper.forces else [])],

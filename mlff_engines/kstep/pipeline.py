@@ -13,16 +13,16 @@ import click
 import yaml
 from pydantic import Field
 
-from mlff_engines.artifact import inspect
 from mlff_engines.config import Config, load_yaml
 from mlff_engines.errors import ConfigError
 from mlff_engines.files import replacing
 from mlff_engines.kstep.learned import export_jump
+from mlff_engines.manifest import inspect
 from mlff_engines.options import keys_option, output_option, path_argument
 
 Stage = Callable[[str, Sequence[str]], None]  # name of a command of `mlff kstep`, and its arguments
 Section = Path | dict[str, Any]
-NEED_STUDENT, NEED_JUMP = ("C", "D"), ("A1", "A2")
+NEED_STUDENT, NEED_JUMP = ("student", "C", "D"), ("jump", "A1", "A2")
 
 # over what the file says; useless models and verdicts that decide nothing, in seconds
 SMOKE: dict[str, dict[str, Any]] = {
@@ -40,7 +40,14 @@ SMOKE: dict[str, dict[str, Any]] = {
         "model": {"arch": "painn", "features": 8, "interactions": 1, "cutoff": 4.0},
         "train": {"epochs": 2, "tensorboard": False},
     },
-    "run": {"replicas": 1, "equilibration_ps": 0.2, "length_ps": 0.4, "nve_ps": 0.2, "sample_fs": 20},
+    "run": {
+        "replicas": 1,
+        "equilibration_ps": 0.2,
+        "length_ps": 0.4,
+        "nve_ps": 0.2,
+        "sample_fs": 20,
+        "reference_ps": 0.4,
+    },
 }
 
 
@@ -49,10 +56,12 @@ class PipelineConfig(Config):
 
     molecules: Path | dict[str, str] = Field(description="file of `SMILES name`, or SMILES by name")
     md: Section = Field(description="mlff kstep simulate --keys")
+    sampling: dict[str, Any] | None = Field(None, description="over `md`: more trajectories, for the student alone")
     model: Section = Field(description="of the jumps: mlff_training.kstep.config.JumpModelConfig")
     train: Section = Field(description="of the jumps: mlff kstep train --keys; k_steps: one jump for each")
     student: Section = Field(description="mlff kstep student --keys")
     run: Section = Field(description="mlff kstep run --keys")
+    processes: int = Field(1, ge=1, description="simulations at a time in `run`")
 
 
 @click.command()
@@ -65,9 +74,19 @@ class PipelineConfig(Config):
 @click.pass_context
 def pipeline(ctx: click.Context, config: Path, out: Path, smoke: bool) -> None:
     """All stages of `mlff kstep` as CONFIG says, from molecules to OUT/report.html; run it again to go on."""
+    run_stages(load_yaml(PipelineConfig, config), config.parent, out, commands_beside(ctx), smoke=smoke)
+    click.echo(f"{out / 'report.html'}")
+
+
+def commands_beside(ctx: click.Context) -> Stage:
+    """Those of the group that `ctx` was called from.
+
+    Raises:
+        ConfigError: it was called from none.
+    """
     group = ctx.parent.command if ctx.parent is not None else None
     if not isinstance(group, click.Group):
-        raise ConfigError("the pipeline calls the commands beside it: start it as mlff kstep pipeline")
+        raise ConfigError(f"{ctx.info_name} calls the commands beside it: start it as mlff kstep {ctx.info_name}")
 
     def stage(name: str, arguments: Sequence[str]) -> None:
         command = group.get_command(ctx, name)
@@ -75,8 +94,7 @@ def pipeline(ctx: click.Context, config: Path, out: Path, smoke: bool) -> None:
         click.echo(f"--- mlff kstep {name} {' '.join(arguments)}")
         command.main(list(arguments), prog_name=name, standalone_mode=False)
 
-    run_stages(load_yaml(PipelineConfig, config), config.parent, out, stage, smoke=smoke)
-    click.echo(f"{out / 'report.html'}")
+    return stage
 
 
 def run_stages(config: PipelineConfig, folder: Path, out: Path, stage: Stage, *, smoke: bool = False) -> None:
@@ -85,24 +103,56 @@ def run_stages(config: PipelineConfig, folder: Path, out: Path, stage: Stage, *,
     Args:
         config: what to do.
         folder: which paths in it are relative to.
-        out: gets ``molecules/``, ``trajectories/``, ``pairs/``, ``jumps/``, ``student/``, ``runs/`` and the report.
+        out: gets ``molecules/``, ``trajectories/``, ``sampling/``, ``pairs/``, ``jumps/``, ``student/``, ``runs/`` and
+            the report.
         stage: calls a command.
         smoke: with `SMOKE` over the settings.
 
     Raises:
         ConfigError: `out` holds a pipeline of other settings, or a section that cannot be read.
     """
+    sections = sections_of(config, folder, smoke)
+    systems, options = make_models(config, sections, folder, out, stage)
+    run = keep(out / "configs" / "run.yaml", sections["run"])
+    stage("run", [systems, run, *options, "-o", str(out / "runs")])
+    stage("evaluate", [str(out / "runs"), "-o", str(out)])
+
+
+Sections = dict[str, dict[str, Any]]
+
+
+def sections_of(config: PipelineConfig, folder: Path, smoke: bool) -> Sections:
+    """What stands in the sections of `config`, by name.
+
+    Raises:
+        ConfigError: a section that cannot be read.
+    """
     sections = {name: _section(getattr(config, name), folder, name) | (SMOKE[name] if smoke else {}) for name in SMOKE}
     sections["md"] |= {"save_forces": True}
-    files = {
-        name: _keep(out / "configs" / f"{name}.yaml", yaml.safe_dump(section)) for name, section in sections.items()
-    }
+    if config.sampling is not None:
+        sections["sampling"] = sections["md"] | config.sampling | (SMOKE["md"] if smoke else {})
+    if smoke:
+        lengths = {"length_ps": None, "nve_ps": None}
+        sections["run"]["variants"] = [variant | lengths for variant in sections["run"].get("variants", [])]
+    return sections
+
+
+def make_models(
+    config: PipelineConfig, sections: Sections, folder: Path, out: Path, stage: Stage
+) -> tuple[str, list[str]]:
+    """All stages before `run`: the folder of the molecules, and the options that give `run` what its variants need.
+
+    Raises:
+        ConfigError: `out` holds models of other settings.
+    """
+    files = {name: keep(out / "configs" / f"{name}.yaml", part) for name, part in sections.items() if name != "run"}
     if isinstance(config.molecules, dict):
         lines = "".join(f"{smiles} {name}\n" for name, smiles in config.molecules.items())
         molecules = _keep(out / "configs" / "molecules.smi", lines)
     else:
         molecules = str(folder / config.molecules)
-    kinds = [variant.get("kind") for variant in sections["run"].get("variants", []) if isinstance(variant, dict)]
+    variants = [variant for variant in sections["run"].get("variants", []) if isinstance(variant, dict)]
+    kinds = [variant.get("kind") for variant in variants if not variant.get("ballistic")]
     systems, trajectories, pairs = (str(out / name) for name in ("molecules", "trajectories", "pairs"))
     stage("prepare", [molecules, files["md"], "-o", systems])
     stage("simulate", [systems, files["md"], "-o", trajectories])
@@ -121,10 +171,15 @@ def run_stages(config: PipelineConfig, folder: Path, out: Path, stage: Stage, *,
     if any(kind in NEED_STUDENT for kind in kinds):
         student = out / "student" / "student.pt"
         if not student.exists():
-            stage("student", [trajectories, files["student"], "-o", str(student.parent)])
+            folders = [trajectories]
+            if "sampling" in files:
+                folders.append(str(out / "sampling"))
+                stage("simulate", [systems, files["sampling"], "-o", folders[-1]])
+            stage("student", [*folders, files["student"], "-o", str(student.parent)])
         options += ["--student", str(student)]
-    stage("run", [systems, files["run"], *options, "-o", str(out / "runs")])
-    stage("evaluate", [str(out / "runs"), "-o", str(out)])
+    if config.processes > 1:
+        options += ["--processes", str(config.processes)]
+    return systems, options
 
 
 def _section(given: Section, folder: Path, name: str) -> dict[str, Any]:
@@ -137,6 +192,15 @@ def _section(given: Section, folder: Path, name: str) -> dict[str, Any]:
     if not isinstance(found, Mapping):
         raise ConfigError(f"{name}: {folder / given} holds {type(found).__name__}; wanted: keys and values")
     return dict(found)
+
+
+def keep(path: Path, section: Mapping[str, Any]) -> str:
+    """Write `section` as YAML, or find that it is there already.
+
+    Raises:
+        ConfigError: `path` holds other settings.
+    """
+    return _keep(path, yaml.safe_dump(dict(section)))
 
 
 def _keep(path: Path, text: str) -> str:

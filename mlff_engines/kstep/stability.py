@@ -16,6 +16,7 @@ eigenvalue, in modulus, of the mass-weighted Hessian of the residual, and arctan
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -26,7 +27,7 @@ from mlff_engines.units import ACCELERATION
 
 PROBE = 0.01  # Å, largest displacement of an atom in a finite difference: well above the noise of float32 forces
 LANCZOS_STEPS = 30
-DOUBTFUL = 0.25  # share of the fastest mode's stiffness that a residual of unknown stiffness is taken to have
+RESIDUAL_STEPS = 12  # of the same on the residual: 24 true forces
 
 
 def stiffness(field: ForceField, particles: Particles, x: FloatArray, steps: int = LANCZOS_STEPS) -> float:
@@ -63,6 +64,31 @@ def stiffness(field: ForceField, particles: Particles, x: FloatArray, steps: int
     return float(np.abs(np.linalg.eigvalsh(matrix)).max())
 
 
+def require_safe_student(
+    student: ForceField,
+    residual: ForceField,
+    particles: Particles,
+    configurations: Iterable[FloatArray],
+    macro_step: float,
+    dt: float,
+    friction: float,
+) -> None:
+    """`require_safe` with stiffnesses measured: the largest at any of the `configurations` (N, 3).
+
+    A crude student's residual is several times stiffer at one configuration than at another. The rule sees resonances
+    alone: a student that it allows may still heat, or fail beyond its training data, which only a run shows. Asks the
+    true potential, that of `residual`, 24 times for each configuration.
+
+    Raises:
+        ConfigError: see `require_safe`.
+    """
+    found = [
+        (stiffness(student, particles, x), stiffness(residual, particles, x, RESIDUAL_STEPS)) for x in configurations
+    ]
+    fastest, worst = np.max(found, axis=0)
+    require_safe(macro_step, dt, math.sqrt(fastest), float(worst), friction)
+
+
 def half_trace(frequency: float, residual: float, macro_step: float) -> float:
     """The formula above: `frequency` ω in 1/fs, `residual` R in 1/fs², `macro_step` in fs; stable within [-1, 1]."""
     angle = frequency * macro_step
@@ -86,19 +112,22 @@ def required_friction(macro_step: float, fastest: float, residual: float) -> flo
     return residual / slowest
 
 
-def require_safe(macro_step: float, dt: float, fastest: float, residual: float | None, friction: float) -> None:
+def require_safe(macro_step: float, dt: float, fastest: float, residual: float, friction: float) -> None:
     """Refuse an unsafe macro-step.
+
+    A student whose residual is as stiff as its fastest mode helps nothing: the rule then allows no macro-step that the
+    true force alone would not be stable with.
 
     Args:
         macro_step, dt: fs, outer and inner.
         fastest: 1/fs, of the student's fastest mode: the root of its `stiffness`.
-        residual: 1/fs², the `stiffness` of the residual; None where it is not known.
+        residual: 1/fs², the `stiffness` of the residual, the largest of the configurations that were looked at.
         friction: 1/fs.
 
     Raises:
         ConfigError: the inner step is unstable, or the macro-step meets a resonance that the friction does not damp.
     """
-    if not fastest > 0:
+    if not fastest > 0 or macro_step <= dt:
         return
     period = 2 * math.pi / fastest
     if dt * fastest >= 2:
@@ -106,20 +135,15 @@ def require_safe(macro_step: float, dt: float, fastest: float, residual: float |
             f"an inner step of {dt:g} fs is unstable for the student's fastest mode, whose period is {period:.1f} fs; "
             f"allowed: below {2 / fastest:.2g} fs, sensible: a tenth of the period"
         )
-    limit = largest_step(fastest, DOUBTFUL * fastest**2 if residual is None else residual)
+    limit = largest_step(fastest, residual)
     if macro_step < limit:
         return
-    advice = f"Use a macro-step below {limit:.2f} fs, constrain the bonds with hydrogen"
-    if residual is None:
-        raise ConfigError(
-            f"a macro-step of {macro_step:g} fs comes near {math.pi / fastest:.2f} fs, half the period of the fastest "
-            f"mode, and the stiffness of the residual is not known. {advice}, or measure it"
-        )
     needed = required_friction(macro_step, fastest, residual)
     if not friction > needed:
+        damped = f"the friction must exceed {1e3 * needed:.2f}/ps" if math.isfinite(needed) else "no friction is enough"
         raise ConfigError(
             f"a macro-step of {macro_step:g} fs is unsafe: the fastest mode has a period of {period:.1f} fs and the "
-            f"residual {100 * abs(residual) / fastest**2:.2g} % of its stiffness, so that resonances begin at "
-            f"{limit:.2f} fs, and beyond, the friction must exceed {1e3 * needed:.2f}/ps; it is "
-            f"{1e3 * friction:.2f}/ps. {advice}, add friction, or train a student closer to the true forces"
+            f"residual {100 * abs(residual) / fastest**2:.3g} % of its stiffness, so that resonances begin at "
+            f"{limit:.2f} fs, and beyond, {damped}; it is {1e3 * friction:.2f}/ps. Use a macro-step below {limit:.2f} "
+            "fs, constrain the bonds with hydrogen, add friction, or train a student closer to the true forces"
         )

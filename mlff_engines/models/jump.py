@@ -1,6 +1,6 @@
-"""A jump: positions and velocities k time steps ahead, from those now. PaiNN with vector heads.
+"""A jump: positions and velocities k time steps ahead, from those now. An equivariant encoder with vector heads.
 
-    v_i -> v_i - v_com;  (q, μ) = PaiNN(graph; μ_i = u_i ⊗ w(z_i), |u_i|² in q),  u_i = v_i/sqrt(kT°/m_i)
+    v_i -> v_i - v_com;  (q, μ) = encoder(graph; μ_i = u_i ⊗ w(z_i), |u_i|² in q),  u_i = v_i/sqrt(kT°/m_i)
     Δx_i = bound(a(z_i)·head_x(μ_i, q_i)) [+ v_i k dt];  Δv_i = b(z_i)·head_v(μ_i, q_i);  F_i = c·head_F(μ_i, q_i)
 
 - equivariant under rotations and reflections, whatever the weights;
@@ -26,13 +26,15 @@ The heads are the gated equivariant blocks of PaiNN (Schütt, Unke, Gastegger, a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from importlib import import_module
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from mlff_engines.config import Config
+from mlff_engines.errors import ConfigError, MissingEngineError
 from mlff_engines.graph import Graph
 from mlff_engines.models.base import Float64
 from mlff_engines.models.painn import Message, Update, _dense, _mlp
@@ -46,19 +48,27 @@ REFERENCE_TEMPERATURE = 300.0  # K, of the scales of velocities
 class JumpConfig(Config):
     """Hyper-parameters of a jump."""
 
-    arch: Literal["painn_jump"] = "painn_jump"
+    arch: Literal["painn_jump", "torchmdnet_et_jump"] = "painn_jump"
     features: int = Field(64, ge=2, description="F, channels of the scalar and vector features")
-    interactions: int = Field(3, ge=1, description="number of message and update blocks")
+    interactions: int = Field(3, ge=1, description="number of message and update blocks, or of attention layers")
+    heads: int = Field(8, ge=1, description="of the attention; read by torchmdnet_et_jump alone")
     cutoff: float = Field(5.0, gt=0, description="interaction cutoff, Å")
-    basis: BasisName = Field("bessel", description="radial basis")
+    basis: BasisName = Field("bessel", description="radial basis; torchmdnet_et_jump has its own, expnorm")
     basis_size: int = Field(20, ge=2, description="number of radial basis functions")
-    cutoff_function: CutoffName = Field("cosine", description="envelope that takes messages to zero at the cutoff")
+    cutoff_function: CutoffName = Field(
+        "cosine", description="envelope that takes messages to zero at the cutoff; torchmdnet_et_jump: cosine"
+    )
     vector_features: int = Field(32, ge=1, description="channels of the vector heads")
     from_flight: bool = Field(False, description="predict what free flight lacks, instead of the whole displacement")
     bounded: bool = Field(True, description="bound the displacement smoothly")
     max_displacement: float = Field(1.5, gt=0, description="Å; the bound")
     forces: bool = Field(False, description="a third head for the forces at the start")
     temperature: bool = Field(False, description="take the temperature as an input")
+
+    @property
+    def hops(self) -> int:
+        """Edges that an atom sees along; the transformer embeds the neighbours before its layers."""
+        return self.interactions + (self.arch == "torchmdnet_et_jump")
 
 
 class JumpTerms(Config):
@@ -116,7 +126,7 @@ class JumpModel(nn.Module):
         force_scale: float = 1.0,
     ) -> None:
         super().__init__()
-        self.network = JumpNetwork(config)
+        self.network = NETWORKS[config.arch](config)
         self.reference = JumpReference(terms, scales, force_scale)
         self.interval = terms.interval
         self.from_flight = config.from_flight
@@ -164,7 +174,7 @@ class JumpModel(nn.Module):
 
 
 class JumpNetwork(nn.Module):
-    """Raw vectors (N, 3, heads)."""
+    """Raw vectors (N, 3, heads). The interactions are those of the subclass: `_interact`."""
 
     def __init__(self, config: JumpConfig) -> None:
         super().__init__()
@@ -175,24 +185,12 @@ class JumpNetwork(nn.Module):
         self.embedding = nn.Embedding(MAX_ATOMIC_NUMBER + 1, n_features)
         self.moving = nn.Embedding(MAX_ATOMIC_NUMBER + 1, n_features)
         self.state = _mlp(n_features + 1 + int(config.temperature), n_features, n_features)
-        self.basis = make_basis(config.basis, config.basis_size, config.cutoff)
-        self.cutoff_function = make_cutoff(config.cutoff_function, config.cutoff)
-        self.filter_net = _dense(config.basis_size, config.interactions * 3 * n_features)
-        self.messages = nn.ModuleList(Message(n_features, first=False) for _ in range(config.interactions))
-        self.updates = nn.ModuleList(Update(n_features, last=False) for _ in range(config.interactions))
-        self.norms = nn.ModuleList(nn.LayerNorm(n_features) for _ in range(config.interactions))
         self.hidden = GatedVectors(n_features, n_features, config.vector_features)
         self.heads = GatedVectors(config.vector_features, config.vector_features, 2 + int(config.forces))
 
     def forward(self, graph: Graph) -> Tensor:
         """From a graph whose `velocities` are in units of thermal ones."""
-        numbers, edge_index, edge_vec = graph["numbers"], graph["edge_index"], graph["edge_vec"]
-        distance = torch.linalg.vector_norm(edge_vec, dim=-1)
-        direction = edge_vec / distance.unsqueeze(-1)
-        envelope = self.cutoff_function(distance).unsqueeze(-1)
-        filters = (self.filter_net(self.basis(distance)) * envelope).split(3 * self.features, dim=-1)
-
-        u = graph["velocities"]
+        numbers, u = graph["numbers"], graph["velocities"]
         q = self.embedding(numbers)
         parts = [q, u.square().sum(-1, keepdim=True)]
         if self.takes_temperature:
@@ -200,14 +198,103 @@ class JumpNetwork(nn.Module):
             parts.append(relative.index_select(0, graph["batch"]).unsqueeze(-1))
         q = q + self.state(torch.cat(parts, dim=-1))
         mu = normalised(u.unsqueeze(-1) * self.moving(numbers).unsqueeze(1))  # (N, 3, F)
+        q, mu = self._interact(q, mu, graph)
+        q, mu = self.hidden(q, mu)
+        raw: Tensor = self.heads(q, mu)[1]
+        return raw
+
+    def _interact(self, q: Tensor, mu: Tensor, graph: Graph) -> tuple[Tensor, Tensor]:
+        """New `q` (N, F) and `mu` (N, 3, F)."""
+        raise NotImplementedError
+
+
+class PaiNNJump(JumpNetwork):
+    """With PaiNN's messages and updates."""
+
+    def __init__(self, config: JumpConfig) -> None:
+        super().__init__(config)
+        n_features, layers = config.features, config.interactions
+        self.basis = make_basis(config.basis, config.basis_size, config.cutoff)
+        self.cutoff_function = make_cutoff(config.cutoff_function, config.cutoff)
+        self.filter_net = _dense(config.basis_size, layers * 3 * n_features)
+        self.messages = nn.ModuleList(Message(n_features, first=False) for _ in range(layers))
+        self.updates = nn.ModuleList(Update(n_features, last=False) for _ in range(layers))
+        self.norms = nn.ModuleList(nn.LayerNorm(n_features) for _ in range(layers))
+
+    def _interact(self, q: Tensor, mu: Tensor, graph: Graph) -> tuple[Tensor, Tensor]:
+        edge_index, edge_vec = graph["edge_index"], graph["edge_vec"]
+        distance = torch.linalg.vector_norm(edge_vec, dim=-1)
+        direction = edge_vec / distance.unsqueeze(-1)
+        envelope = self.cutoff_function(distance).unsqueeze(-1)
+        filters = (self.filter_net(self.basis(distance)) * envelope).split(3 * self.features, dim=-1)
         blocks = zip(self.messages, self.updates, self.norms)  # noqa: B905 (TorchScript)
         for layer, (message, update, norm) in enumerate(blocks):
             q, mu = message(q, mu, filters[layer], direction, edge_index)
             q, mu = update(q, normalised(mu))
             q, mu = norm(q), normalised(mu)
-        q, mu = self.hidden(q, mu)
-        raw: Tensor = self.heads(q, mu)[1]
-        return raw
+        return q, mu
+
+
+class TorchMDNetJump(JumpNetwork):
+    """With the interactions of the equivariant transformer of Thölke, De Fabritiis (arXiv 2202.02541, Sec. 2.3).
+
+    The blocks are those of TorchMD-Net, over the edges of the graph; its own neighbour list, which wants boxes of
+    certain shapes, and its embedding of atoms are not used. The exported program needs no TorchMD-Net.
+
+    Raises:
+        ConfigError: heads that do not divide the features.
+        MissingEngineError: TorchMD-Net is not installed.
+    """
+
+    def __init__(self, config: JumpConfig) -> None:
+        super().__init__(config)
+        made = _equivariant_transformer(config)
+        self.distance_expansion = made.distance_expansion
+        self.neighbor_embedding = made.neighbor_embedding
+        self.attention_layers = made.attention_layers
+        self.out_norm = made.out_norm
+
+    def _interact(self, q: Tensor, mu: Tensor, graph: Graph) -> tuple[Tensor, Tensor]:
+        # there, row 0 is where a message comes from and row 1 where it goes to; an atom attends to itself too
+        atoms = torch.arange(q.shape[0], device=q.device)
+        edges = torch.cat([graph["edge_index"].flip(0), torch.stack([atoms, atoms])], dim=1)
+        edge_vec = graph["edge_vec"]
+        near = torch.linalg.vector_norm(edge_vec, dim=-1)
+        distance = torch.cat([near, near.new_zeros(q.shape[0])])
+        direction = torch.cat([edge_vec / near.unsqueeze(-1), edge_vec.new_zeros((q.shape[0], 3))])
+        radial = self.distance_expansion(distance)
+        q = self.neighbor_embedding(graph["numbers"], q, edges, distance, radial)
+        for layer in self.attention_layers:
+            dq, dmu = layer(q, mu, edges, distance, radial, direction)
+            q, mu = q + dq, mu + dmu
+        return self.out_norm(q), normalised(mu)
+
+
+def _equivariant_transformer(config: JumpConfig) -> Any:
+    """TorchMD-Net's, with the cutoff on vectors too: without it an edge at the cutoff would still count."""
+    if config.features % config.heads:
+        raise ConfigError(
+            f"{config.features} features do not divide by {config.heads} attention heads; choose a number of heads "
+            "that does, such as 1, 2, 4 or 8"
+        )
+    try:
+        package = import_module("torchmdnet.models.torchmd_et")
+    except ImportError as error:
+        raise MissingEngineError(
+            f"arch torchmdnet_et needs TorchMD-Net ({error}): pip install torchmd-net, or choose arch painn"
+        ) from error
+    return package.TorchMD_ET(
+        hidden_channels=config.features,
+        num_layers=config.interactions,
+        num_rbf=config.basis_size,
+        num_heads=config.heads,
+        cutoff_upper=config.cutoff,
+        max_z=MAX_ATOMIC_NUMBER + 1,
+        vector_cutoff=True,
+    )
+
+
+NETWORKS: dict[str, type[JumpNetwork]] = {"painn_jump": PaiNNJump, "torchmdnet_et_jump": TorchMDNetJump}
 
 
 def normalised(mu: Tensor) -> Tensor:

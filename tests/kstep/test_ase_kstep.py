@@ -225,10 +225,12 @@ def test_clamped_jumps_fall_back_to_true_steps_and_are_counted() -> None:
     assert run.meter.by_purpose == {"dynamics": 2, "fallback": 6}
 
 
-def test_the_unsafe_macro_step_is_refused_and_safe_ones_cost_no_true_call() -> None:
+def test_the_unsafe_macro_step_is_refused() -> None:
     safe = dynamics(steps=4)
-    assert safe.meter.calls == 0
-    with pytest.raises(ConfigError, match=r"macro-step of 20 fs is unsafe: .*friction must exceed"):
+    assert safe.meter.by_purpose.keys() == {"check"}
+    assert safe.meter.calls <= 24
+    assert dynamics(steps=1).meter.calls == 0  # true dynamics
+    with pytest.raises(ConfigError, match=r"macro-step of 20 fs is unsafe: .*resonances begin at 8.45 fs"):
         dynamics(steps=40)
     assert dynamics(steps=40, allow_unsafe=True).meter.calls == 0
     damped = dynamics(

@@ -95,6 +95,7 @@ def test_thermal_velocities_have_the_kinetic_energy_of_their_degrees_of_freedom(
     np.testing.assert_allclose(MASSES @ v, 0, atol=1e-15)
 
 
+@pytest.mark.fault("J8")
 def test_impossible_constraints_are_named() -> None:
     bonds = BondConstraints(BONDS, [1.0, 0.97], MASSES)
     x = bonds.positions(START, START)

@@ -11,14 +11,16 @@ import pytest
 import torch
 
 import students
-from kstep_jumps import ETHANOL, SETTINGS, TERMS, M, checkpoint
+from kstep_jumps import ETHANOL, SETTINGS, TERMS, M, checkpoint, require_torchmdnet
 from mlff_engines import artifact
 from mlff_engines.checkpoint import load_checkpoint, load_jump_checkpoint
 from mlff_engines.config import parse
 from mlff_engines.errors import ArtifactError, ConfigError, StructureError
 from mlff_engines.export import export_any
 from mlff_engines.kstep.learned import LearnedJump, export_jump
+from mlff_engines.manifest import Dtype, inspect
 from mlff_engines.models.jump import JumpConfig, JumpModel, JumpTerms
+from mlff_engines.neighbors import VerletList
 from mlff_engines.structure import FloatArray, Structure
 
 V = np.random.default_rng(0).normal(0, 0.01, (9, 3))
@@ -31,6 +33,13 @@ def jump(seed: int = 0, skin: float = 1.0, terms: JumpTerms = TERMS, **settings:
     return LearnedJump(model, terms, config.cutoff, takes_temperature=config.temperature, skin=skin)
 
 
+@pytest.fixture(params=["painn_jump", "torchmdnet_et_jump"])
+def arch(request: pytest.FixtureRequest) -> dict[str, object]:
+    if request.param == "torchmdnet_et_jump":
+        require_torchmdnet()
+    return {"arch": request.param, "heads": 4}
+
+
 def rotation(seed: int) -> FloatArray:
     q, _ = np.linalg.qr(np.random.default_rng(seed).standard_normal((3, 3)))
     return q
@@ -41,8 +50,10 @@ def moved(structure: Structure, positions: FloatArray) -> Structure:
 
 
 @pytest.mark.parametrize("settings", [{}, {"from_flight": True, "temperature": True, "forces": True}])
-def test_equivariant_under_rotations_reflections_translations_and_permutations(settings: dict[str, object]) -> None:
-    model = jump(**settings)
+def test_equivariant_under_rotations_reflections_translations_and_permutations(
+    arch: dict[str, object], settings: dict[str, object]
+) -> None:
+    model = jump(**arch, **settings)
     plain = model.evaluate(ETHANOL, V, 300.0)
     turn = rotation(3)
     turned = model.evaluate(moved(ETHANOL, ETHANOL.positions @ turn + 2.0), V @ turn, 300.0)
@@ -87,8 +98,19 @@ def test_inputs_matter() -> None:
         model(ETHANOL, V)
 
 
-def test_batched_structures_do_not_see_each_other() -> None:
-    model = jump()
+def test_edges_beyond_the_cutoff_count_nothing(arch: dict[str, object]) -> None:
+    found, model = [], jump(**arch, cutoff=2.0)
+    for reach in (2.0, 3.5):
+        model.neighbors = VerletList(reach, 0.0)
+        found.append((model.neighbors.update(ETHANOL)[0].shape[1], model(ETHANOL, V)))
+    (few, tight), (many, loose) = found
+    assert few < many
+    np.testing.assert_allclose(loose.dx, tight.dx, atol=1e-12)
+    np.testing.assert_allclose(loose.dv, tight.dv, atol=1e-12)
+
+
+def test_batched_structures_do_not_see_each_other(arch: dict[str, object]) -> None:
+    model = jump(**arch)
     index, vectors = model.neighbors.update(ETHANOL)
     count = len(ETHANOL)
     graph = {
@@ -105,10 +127,12 @@ def test_batched_structures_do_not_see_each_other() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_export_reproduces_the_eager_model_and_states_its_terms(tmp_path: Path, dtype: artifact.Dtype) -> None:
-    folder = checkpoint(tmp_path / "best", temperature=True, forces=True)
+def test_export_reproduces_the_eager_model_and_states_its_terms(
+    tmp_path: Path, dtype: Dtype, arch: dict[str, object]
+) -> None:
+    folder = checkpoint(tmp_path / "best", temperature=True, forces=True, **arch)
     made = export_jump(folder, tmp_path / "jump.pt", dtype=dtype)
-    manifest = artifact.inspect(tmp_path / "jump.pt")
+    manifest = inspect(tmp_path / "jump.pt")
     assert (manifest.kind, manifest.jump, manifest.outputs[-1]) == ("jump", TERMS, "forces")
     eager = LearnedJump(load_jump_checkpoint(folder)[0].double(), TERMS, 4.0, takes_temperature=True)
     loaded = LearnedJump.load(tmp_path / "jump.pt", dtype="float64")
@@ -165,6 +189,7 @@ def test_kinds_are_not_mixed_up(tmp_path: Path) -> None:
         ({"constraints": "none"}, r"constraints: none, trained with hbonds"),
     ],
 )
+@pytest.mark.fault("J6")
 def test_other_runs_are_refused(change: dict[str, object], match: str) -> None:
     run = {"numbers": ETHANOL.numbers, "masses": M, "timestep": 2.0, "steps": 4, "constraints": "hbonds"}
     jump().require(**run)

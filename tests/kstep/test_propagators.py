@@ -275,6 +275,7 @@ def test_drift_kick_drift_is_second_order() -> None:
     assert math.log2(error(0.25) / error(0.125)) == pytest.approx(2, abs=0.15)
 
 
+@pytest.mark.fault("J7")
 def test_ballistic_and_damaged_jumps() -> None:
     particles, x, v = phase_point(constrained=False)
     np.testing.assert_allclose(land(particles, x, v, ballistic(4.0)(x, v))[0], x + 4 * v)

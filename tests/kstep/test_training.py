@@ -15,6 +15,7 @@ from ase import Atoms, units
 from click.testing import CliRunner
 
 import students
+from kstep_jumps import require_torchmdnet
 from kstep_systems import MASSES, molecule, phase_point
 from mlff_ase import MLFFCalculator
 from mlff_ase.kstep import KStepDynamics
@@ -126,6 +127,7 @@ def test_trajectories_that_do_not_fit_are_refused(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.fault("J4")
 def test_k_without_pairs_is_refused(runs: list[Path], tmp_path: Path) -> None:
     for k in (6, 20):
         with pytest.raises(
@@ -136,6 +138,7 @@ def test_k_without_pairs_is_refused(runs: list[Path], tmp_path: Path) -> None:
         make_pairs(runs, 0, tmp_path)
 
 
+@pytest.mark.fault("J5")
 def test_an_altered_data_set_is_noticed(runs: list[Path], tmp_path: Path) -> None:
     path = make_pairs(runs[:1], 4, tmp_path)
     path.write_bytes(make_pairs(runs[1:2], 4, tmp_path / "other").read_bytes())
@@ -259,8 +262,11 @@ def test_amp_and_temperature_train(data: Path, tmp_path: Path) -> None:
     assert np.isfinite(best["x_rmse"])
 
 
-def test_a_trained_jump_is_exported_and_runs(data: Path, tmp_path: Path) -> None:
-    trainer(data, tmp_path, epochs=1).run()
+@pytest.mark.parametrize("arch", ["painn", "torchmdnet_et"])
+def test_a_trained_jump_is_exported_and_runs(data: Path, tmp_path: Path, arch: str) -> None:
+    if arch == "torchmdnet_et":
+        require_torchmdnet()
+    trainer(data, tmp_path, epochs=1, model={"arch": arch, "num_heads": 4}).run()
     made = export_jump(tmp_path / "best", tmp_path / "jump.pt")
     assert isinstance(made, LearnedJump)
     _, x, v = phase_point(constrained=True)

@@ -124,6 +124,7 @@ def test_a_jump_at_its_bound_is_not_taken(ethanol: Prepared) -> None:
     np.testing.assert_allclose(dynamics.state()[0], verlet(ethanol, start, 15)[0], atol=1e-6)
 
 
+@pytest.mark.fault("J7", "J8")
 def test_jumps_that_cannot_be_used_are_refused(ethanol: Prepared) -> None:
     dynamics = jumping(ethanol, lambda x, v: Displacement(np.full_like(x, np.nan), v), steps=4)
     with pytest.raises(SimulationError, match="atom 0 is not finite"):

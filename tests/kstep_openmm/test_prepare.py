@@ -99,6 +99,7 @@ def test_an_altered_system_is_refused(tmp_path: Path) -> None:
         ("missing.pdb", "missing.pdb"),
     ],
 )
+@pytest.mark.fault("J1")
 def test_bad_molecules_are_named_with_their_line(tmp_path: Path, smiles: str, message: str) -> None:
     file = molecules(tmp_path, "CCO ethanol", f"{smiles} strange")
     with pytest.raises(StructureError, match=f"(?i)molecules.smi:2: .*{message}"):
@@ -106,6 +107,7 @@ def test_bad_molecules_are_named_with_their_line(tmp_path: Path, smiles: str, me
     assert (tmp_path / "out" / "ethanol.json").exists()  # what came before stays
 
 
+@pytest.mark.fault("J2")
 def test_a_molecule_without_a_conformer_is_refused() -> None:
     impossible = "C1C[C@@H]2CC[C@@H]1C2"  # norbornane with one bridgehead turned outside
     with pytest.raises(StructureError, match="no conformer"):

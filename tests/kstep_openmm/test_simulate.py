@@ -77,6 +77,24 @@ def test_the_file_holds_what_is_promised(folder: Path, tmp_path: Path) -> None:
     assert metadata["sha256"] == Prepared.at(folder, "ethanol").record["sha256"]
 
 
+def test_displaced_frames_are_out_of_shape_and_segments_of_their_own(folder: Path, tmp_path: Path) -> None:
+    (plain,) = simulate(folder, SHORT, tmp_path / "plain", progress=False)
+    (both,) = simulate(folder, changed(displaced_nm=0.005), tmp_path / "displaced", progress=False)
+    usual, data = frames(plain), frames(both)
+    _, counts = np.unique(data["segment"], return_counts=True)
+    alone = np.isin(data["segment"], np.flatnonzero(counts == 1))
+    assert alone.sum() == 8  # after each burst
+    assert len(np.unique(data["segment"])) == data["segment"].max() + 1
+    np.testing.assert_array_equal(data["pos"][:5], usual["pos"][:5])
+    assert data["Epot"][alone].mean() > data["Epot"][~alone].mean() + 30  # kJ/mol
+    i, j = data["constraints"].T
+    lengths = np.linalg.norm(data["pos"][alone][:, i] - data["pos"][alone][:, j], axis=2)
+    np.testing.assert_allclose(lengths, np.broadcast_to(data["constraint_lengths"], lengths.shape), rtol=1e-5)
+    only = changed(displaced_nm=0.005, burst_steps=0, nve_window_ps=0)
+    (single,) = simulate(folder, only, tmp_path / "only", progress=False)
+    assert len(frames(single)["pos"]) == 8
+
+
 def test_constraints_hold_in_positions_and_velocities(folder: Path, tmp_path: Path) -> None:
     data = frames(simulate(folder, SHORT, tmp_path, progress=False)[0])
     i, j = data["constraints"].T

@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.spatial.transform import Rotation
 
 from kstep_jumps import ETHANOL, M
 from mlff_engines.kstep.constraints import BondConstraints
 from mlff_engines.kstep.particles import Particles
 from mlff_engines.structure import FloatArray
+from mlff_engines.units import BOLTZMANN
 from mlff_engines.validation.dynamics.large_steps import Run, error_of, judge, slowest_dihedral
 from mlff_engines.validation.reports.large_steps import Row, savings
 from mlff_engines.validation.trajectories.divergences import absolute_difference, jensen_shannon, kullback_leibler
@@ -38,6 +40,7 @@ def sampled(seed: int, replicas: int = 5, scale: FloatArray | float = 1.0, **cha
     made = Run(
         variant="C-4fs", molecule="ethanol", numbers=ETHANOL.numbers, masses=M, constraints=BONDS, times=times,
         positions=x, velocities=v, kicks=np.zeros_like(v), temperature=300.0, problems={},
+        slopes=BOLTZMANN * 300 * rng.chisquare(21, (replicas, FRAMES)) / 21, curvatures=np.ones((replicas, FRAMES)),
         nve=[np.array([times, rng.normal(0, 0.02, FRAMES)]) for _ in range(replicas)],
     )  # fmt: skip
     return replace(made, **changed)
@@ -139,22 +142,72 @@ def test_atoms_far_away_are_counted_in_the_last_bin(reference: Run, replicate: R
 
 def test_velocities_drawn_at_random_are_no_evidence(reference: Run, replicate: Run) -> None:
     found = verdicts(sampled(11, draws_velocities=True), reference, replicate)
-    assert set(found) == {"K1", "K5", "K6", "K7"}
+    assert set(found) == {"K1", "K3", "K5", "K6", "K7"}  # K3: of the configurations
 
 
-def test_the_slowest_dihedral_is_the_one_that_hardly_turns(reference: Run) -> None:
-    quick = slowest_dihedral(reference)[1]
-    stuck = sampled(12)
-    stuck.positions[:2, :, 3, 2] += 0.7  # replicas that disagree
-    name, slow = slowest_dihedral(stuck)
-    assert "3" in name.split()[1].split("-")
-    assert slow < quick / 20
+def test_configurations_that_are_too_hot_fail(reference: Run, replicate: Run) -> None:
+    hot = sampled(13)
+    hot.slopes[:] *= 1.15
+    [result] = [r for r in judge(hot, reference, replicate) if r.code == "K3"]
+    assert result.verdict == "fail"
+    assert result.figures["configurational (K)"] == pytest.approx(345, rel=0.03)
+    lost = sampled(14)
+    lost.slopes[0, 100] = math.nan
+    assert verdicts(lost, reference, replicate)["K3"] == "inconclusive"
+
+
+def hopping(seed: int, stay: int, **changed: Any) -> Run:
+    """The hydroxyl's dihedral turned by 120° or not, for `stay` frames on average."""
+    made = sampled(seed, **changed)
+    rng = np.random.default_rng(seed)
+    turned = np.cumsum(rng.random((5, FRAMES)) < 1 / stay, axis=1) % 2 == 1
+    axis = ETHANOL.positions[2] - ETHANOL.positions[1]
+    turn = Rotation.from_rotvec(np.radians(120) * axis / np.linalg.norm(axis)).as_matrix()
+    about = ETHANOL.positions[2]
+    made.positions[turned, 3] = (made.positions[turned, 3] - about) @ turn.T + about
+    return made
+
+
+def test_the_slowest_dihedral_is_the_one_that_hardly_turns() -> None:
+    seldom = hopping(15, 20)
+    basins = slowest_dihedral(seldom)
+    assert basins is not None
+    assert 3 in basins.atoms
+    assert len(basins.tops) == 2
+    assert abs(np.diff(basins.tops)[0]) % 240 == pytest.approx(120, abs=15)
+    assert basins.samples(seldom) < basins.samples(hopping(16, 2)) / 5
+    frames = 5 * round(0.9 * FRAMES)
+    assert basins.changes(seldom) == pytest.approx(frames / 20, rel=0.5)
+    assert basins.duration(seldom) == pytest.approx(0.9 * 120 * 5, rel=0.02)
+    assert slowest_dihedral(sampled(1)) is None  # nothing turns
+
+
+def test_wrong_rates_fail() -> None:
+    reference, again = hopping(15, 4), hopping(16, 4)
+    assert verdicts(hopping(17, 4), reference, again)["K8"] != "fail"
+    assert verdicts(hopping(18, 12), reference, again)["K8"] == "fail"
+    assert "K8" not in verdicts(hopping(18, 12, draws_velocities=True), reference, again)
+
+
+def test_a_short_run_is_held_to_what_short_runs_of_the_reference_show() -> None:
+    """Half the time, and frames half as dense: no more than chance; with a reference of its own length, all decided."""
+    long, again = hopping(15, 20), hopping(16, 20)
+    short = hopping(19, 20)
+    thinned = replace(
+        short,
+        **{key: getattr(short, key)[:, : FRAMES // 2 : 2] for key in ("positions", "velocities", "kicks")},
+        **{key: getattr(short, key)[:, : FRAMES // 2 : 2] for key in ("slopes", "curvatures")},
+        times=short.times[: FRAMES // 2 : 2],
+    )
+    assert "fail" not in {verdicts(thinned, long, again)[code] for code in ("K5", "K6", "K7")}
+    [none] = [r for r in judge(long, thinned, None) if r.code == "K6"]
+    assert none.verdict == "inconclusive"
 
 
 def row(variant: str, calls: float, error: float, verdict: Any = "pass") -> Row:
     return Row(
         variant=variant, macro_step_fs=2, true_calls_per_ns=calls, all_calls_per_ns=calls, seconds_per_ns=1,
-        calls_per_sample=1, error=error, gates={}, verdict=verdict,
+        calls_per_sample=1, time_to_basin_ps=1, error=error, gates={}, verdict=verdict,
     )  # fmt: skip
 
 

@@ -25,7 +25,7 @@ FEW = [  # of the example's; A2 costs as much again
     {"kind": "verlet", "dt_fs": 2},
     {"kind": "hmr", "dt_fs": 4},
     {"kind": "A1", "k": 4},
-    {"kind": "C", "macro_step_fs": 4},
+    {"kind": "C", "macro_step_fs": 4, "length_ps": 50},
     {"kind": "D", "trajectory_ps": 0.02},
 ]
 
@@ -47,6 +47,7 @@ def test_from_smiles_to_a_report_in_one_command(tmp_path: Path, capsys: pytest.C
     settings = yaml.safe_load(EXAMPLE.read_text())
     settings["train"]["k_steps"] = [4]
     settings["run"]["variants"] = FEW
+    settings["processes"] = 1
     (tmp_path / "kstep.yaml").write_text(yaml.safe_dump(settings))
     out = tmp_path / "out"
     command = ["kstep", "pipeline", str(tmp_path / "kstep.yaml"), "-o", str(out), "--smoke"]
@@ -104,6 +105,7 @@ def test_only_what_the_variants_need_is_called(tmp_path: Path) -> None:
         "length_ns": 0.5,
         "save_forces": True,
     }
+    assert "--processes" in called[2][1]
     missing = config.model_copy(update={"md": Path("none.yaml")})
     with pytest.raises(ConfigError, match=r"md: cannot read .*none\.yaml"):
         run_stages(missing, tmp_path, tmp_path / "other", lambda *_: None)
@@ -120,6 +122,9 @@ def test_example_files_are_read() -> None:
     kinds = {"md": MDConfig, "model": JumpModelConfig, "train": JumpTrainConfig, "student": TrajectoryStudentConfig}
     for name, kind in (kinds | {"run": RunConfig}).items():
         parse(kind, getattr(config, name), name)  # type: ignore[type-var]
+    assert isinstance(config.md, dict)
+    assert config.sampling is not None
+    parse(MDConfig, config.md | config.sampling, "sampling")
     load_yaml(JumpModelConfig, EXAMPLE.parent / "kstep" / "model.yaml")
     load_yaml(JumpTrainConfig, EXAMPLE.parent / "kstep" / "train.yaml")
 

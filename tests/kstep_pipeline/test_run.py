@@ -19,12 +19,15 @@ from requirements import require_engine, require_package
 require_engine("openmm")
 require_package("rdkit", "openmm")
 require_package("openmmml", "openmm")
+require_package("MDAnalysis", "openmm")
 
 import openmm  # noqa: E402
+from MDAnalysis.lib.formats.libdcd import DCDFile  # noqa: E402
 
 from mlff_openmm.kstep.config import MDConfig, RunConfig, Variant  # noqa: E402
 from mlff_openmm.kstep.prepare import Prepared, prepare  # noqa: E402
-from mlff_openmm.kstep.run import repartition, run  # noqa: E402
+from mlff_openmm.kstep.run import run  # noqa: E402
+from mlff_openmm.kstep.simulations import repartition  # noqa: E402
 
 SHORT = {"replicas": 1, "equilibration_ps": 0.1, "length_ps": 0.24, "nve_ps": 0.12, "sample_fs": 20, "inner_step_fs": 2}
 
@@ -137,6 +140,72 @@ def test_c_and_d_ask_once_per_macro_step_and_failures_are_results(folder: Path, 
     assert len(arrays["pos"]) <= 1
 
 
+def test_baselines_ask_what_their_schemes_say(folder: Path, tmp_path: Path) -> None:
+    """Macro-steps of 20 fs, so that the lengths are whole: the true potential is asked by the corrector alone."""
+    found = running(
+        folder,
+        tmp_path,
+        {"kind": "mts", "macro_step_fs": 4},
+        {"kind": "student", "dt_fs": 1},
+        {"kind": "jump", "k": 4, "ballistic": True},
+        {"kind": "A1", "k": 4, "ballistic": True},
+        {"kind": "A2", "k": 4, "ballistic": True, "length_ps": 0.1, "nve_ps": 0},
+    )
+    calls = {name: meta["calls"]["marginal"] for name, (meta, _) in found.items() if not meta["problem"]}
+    assert calls["mts-4fs"] == 60 + 1
+    assert found["mts-4fs"][0]["time_step_fs"] == 2
+    assert calls.get("student-1fs", 0) == calls.get("jump-k4-ballistic", 0) == 0
+    assert found["student-1fs"][0]["macro_step_fs"] == 1
+    assert found["jump-k4-ballistic"][0]["macro_step_fs"] == 8
+    meta, arrays = found["A1-k4-ballistic"]
+    assert meta["problem"] or meta["calls"]["marginal"] == 24
+    meta, arrays = found["A2-k4-ballistic"]
+    assert meta["simulated_ps"] <= 0.1 + 1e-9
+    assert len(arrays["nve_time"]) == 0
+
+
+def test_multiple_time_steps_are_verlet_where_the_outer_is_the_inner(folder: Path, tmp_path: Path) -> None:
+    found = running(folder, tmp_path, {"kind": "mts", "macro_step_fs": 2}, {"kind": "mts", "macro_step_fs": 6})
+    energies = {name: arrays["nve_Etot"] for name, (_, arrays) in found.items()}
+    np.testing.assert_allclose(energies["mts-2fs"], energies["reference"], atol=1e-6)
+    assert np.ptp(energies["mts-6fs"]) < 20  # bonded forces at 2 fs: no resonance, and no explosion
+
+
+def test_multiple_time_steps_need_forces_to_divide(folder: Path, tmp_path: Path) -> None:
+    """A learned potential has no nonbonded part: the variant is refused, and that is its result."""
+    learned = MDConfig(force_field=str(folder / "student-float32.pt"), implicit_solvent=None)
+    prepare(folder / "ethanol.smi", learned, tmp_path / "molecules")
+    settings = config({"kind": "mts", "macro_step_fs": 4}, length_ps=0.02, nve_ps=0, equilibration_ps=0.01)
+    run(tmp_path / "molecules", settings, tmp_path / "runs", progress=False)
+    with np.load(tmp_path / "runs" / "ethanol" / "mts-4fs_r0.npz") as data:
+        assert "refused: mts-4fs: multiple time steps need" in json.loads(str(data["metadata"]))["problem"]
+
+
+def test_configurations_have_the_temperature_of_the_thermostat(folder: Path, tmp_path: Path) -> None:
+    slow = {"length_ps": 20, "equilibration_ps": 2, "nve_ps": 0, "friction_per_ps": 10}
+    found = running(folder, tmp_path, {"kind": "hmr"}, **slow)
+    for _, arrays in found.values():
+        kelvin = arrays["slope"].mean() / arrays["curvature"].mean() / 8.31446e-3
+        assert kelvin == pytest.approx(300, rel=0.15)  # 4 standard errors
+
+
+@pytest.mark.slow
+def test_processes_share_the_work_and_change_nothing(folder: Path, tmp_path: Path) -> None:
+    variants = ({"kind": "verlet", "dt_fs": 2}, {"kind": "D", "trajectory_ps": 0.04})
+    for processes in (1, 2):
+        student = folder / "student-float32.pt"
+        settings = config(*variants, length_ps=0.08, nve_ps=0.04, dcd=processes == 2)
+        out = tmp_path / str(processes)
+        run(folder / "molecules", settings, out, student=student, processes=processes, progress=False)
+    for file in (tmp_path / "1" / "ethanol").glob("*_r0.npz"):
+        with np.load(file) as one, np.load(tmp_path / "2" / "ethanol" / file.name) as two:
+            np.testing.assert_array_equal(one["pos"], two["pos"])
+            with DCDFile(str(tmp_path / "2" / "ethanol" / file.with_suffix(".dcd").name)) as written:
+                found = written.readframes().xyz
+            np.testing.assert_allclose(found, 10 * two["pos"], atol=1e-4)
+    assert not list((tmp_path / "1" / "ethanol").glob("*.dcd"))
+
+
 def test_what_a_variant_needs_must_be_there(folder: Path, tmp_path: Path) -> None:
     for variant, message in (
         ({"kind": "A1", "k": 8}, r"A1-k8: no jump of 8 steps; given are \[4\]"),
@@ -163,6 +232,10 @@ def test_names_follow_from_the_rest() -> None:
         for given in ({"kind": "hmr"}, {"kind": "A2", "k": 8}, {"kind": "D", "trajectory_ps": 0.5})
     ]
     assert names == ["hmr-4fs", "A2-k8", "D-0.5ps"]
+    assert Variant(kind="student").name == "student"
+    assert Variant(kind="A1", k=4, ballistic=True).name == "A1-k4-ballistic"
+    with pytest.raises(ValueError, match="ballistic is for jump, A1, A2"):
+        Variant(kind="C", macro_step_fs=4, ballistic=True)
 
 
 def test_repartitioning_moves_mass_only(folder: Path) -> None:

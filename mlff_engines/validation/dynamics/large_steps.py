@@ -4,11 +4,12 @@
 |------|-----------------------|-----------------------------------------------------------------------------|
 | K1   | the run               | replicas that failed or were refused                                        |
 | K2   | NVE drift             | median over replicas of the slope of the true energy, kJ/mol/ps/atom        |
-| K3   | kinetic temperature   | deviation relative to the one asked for                                     |
+| K3   | temperatures          | deviation of the kinetic and the configurational one from that asked for    |
 | K4   | equipartition         | the same of elements, heavy atoms, translation, rotation and inner motion   |
 | K5   | bonds and angles      | Jensen-Shannon divergence, nat, the largest of any kind                     |
 | K6   | dihedrals             | the same                                                                    |
 | K7   | heavy-atom distances  | ∫|Δp| / ∫p of the pair distances up to 12 Å, the largest of any kind        |
+| K8   | torsion rates         | |ln| of the slowest dihedral's rate of changing basins over the reference's |
 
 A figure passes when it lies below its first threshold with `CONFIDENCE` standard errors to spare, it fails when it lies
 above its second by more than `critical` ones, both from enough replicas and independent samples; else the data decide
@@ -19,35 +20,31 @@ reference, which sample the same.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from mlff_engines.errors import StructureError
 from mlff_engines.structure import FloatArray, IntArray, Structure
 from mlff_engines.units import BOLTZMANN
-from mlff_engines.validation.dynamics.statistics import (
-    CONFIDENCE,
-    LEAST_SAMPLES,
-    autocorrelation_time,
-    block_count,
-    critical,
-    effective_samples,
-)
+from mlff_engines.validation.dynamics.large_step_distributions import Kind, Replicas, compare, internal, kinds_of
+from mlff_engines.validation.dynamics.statistics import CONFIDENCE, LEAST_SAMPLES, critical, effective_samples
 from mlff_engines.validation.result import CheckResult, Curve, Plot, Verdict
-from mlff_engines.validation.trajectories.divergences import absolute_difference, jensen_shannon, kullback_leibler
+from mlff_engines.validation.trajectories.divergences import absolute_difference, jensen_shannon
 from mlff_engines.validation.trajectories.kinetic import kinetic_energies
-from mlff_engines.validation.trajectories.observables import Frames, internal_coordinates, topology
+from mlff_engines.validation.trajectories.observables import Topology, topology
 
 NAMES = {
     "K1": "runs to the end",
     "K2": "true total energy does not drift",
-    "K3": "kinetic temperature",
+    "K3": "kinetic and configurational temperature",
     "K4": "equipartition by group",
     "K5": "distributions of bonds and angles",
     "K6": "distributions of dihedrals",
     "K7": "distributions of heavy-atom distances",
+    "K8": "rate of the slowest dihedral",
 }
 THRESHOLDS = {  # pass, fail; see the table above
     "K2": (5e-4, 5e-3),
@@ -56,14 +53,14 @@ THRESHOLDS = {  # pass, fail; see the table above
     "K5": (1e-3, 5e-3),
     "K6": (5e-3, 2.5e-2),
     "K7": (0.01, 0.05),
+    "K8": (math.log(1.25), math.log(1.25)),  # 0.8 to 1.25 passes, what surely is beyond fails
 }
-BINS = {2: (0.01, None), 3: (2.0, None), 4: (10.0, (-180.0, 180.0))}  # Å or degrees, by the width of the members
-PAIR_BIN, PAIR_MAX = 0.2, 12.0  # Å
 BEYOND_NULL = 1.5  # times the 95th percentile of the null
 DRIFT_SHARE = 3.0  # times the reference's
 LEAST_REPLICAS, LEAST_NVE = 5, 100.0  # ps; less never passes
 LEAST_FRAMES = 4  # of a replica, to know a correlation by
-DIVISIONS = 300  # of the null
+CORE = 30.0  # degrees about the top of a basin
+BASIN = 0.1  # of the highest top: lower ones are none
 BURN_IN = 0.1  # of each replica: starts are in equilibrium already, but in that of the reference
 
 
@@ -75,6 +72,7 @@ class Run:
     |--------------------------|----------------|----------------------------------------------------------------|
     | `positions`              | (R, T, N, 3)   | Å                                                              |
     | `velocities`, `kicks`    | (R, T, N, 3)   | Å/fs; on step, and what half a time step adds                  |
+    | `slopes`, `curvatures`   | (R, T)         | of the configurational temperature; ratio of means: kT in eV   |
     | `constraints`            | (C, 2)         | atoms whose distance is fixed                                  |
     | `times`                  | (T,)           | ps                                                             |
     | `nve`                    | R of (2, S)    | ps and kJ/mol: times and total energies without thermostat     |
@@ -92,10 +90,18 @@ class Run:
     positions: FloatArray
     velocities: FloatArray
     kicks: FloatArray
+    slopes: FloatArray
+    curvatures: FloatArray
     nve: Sequence[FloatArray]
     temperature: float
     problems: Mapping[int, str]
     draws_velocities: bool = False
+
+    @property
+    def kept(self) -> Replicas:
+        """Without the burn-in."""
+        burnt = int(BURN_IN * len(self.times))
+        return Replicas(self.times[burnt:], self.positions[:, burnt:])
 
 
 def judge(run: Run, reference: Run, replicate: Run | None) -> list[CheckResult]:
@@ -105,20 +111,28 @@ def judge(run: Run, reference: Run, replicate: Run | None) -> list[CheckResult]:
         replicate: the reference once more, with other noise, for the null; None: no divergence can pass or fail.
     """
     results = [_completes(run)]
+    asked = [code for code in THRESHOLDS if not (run.draws_velocities and code in ("K2", "K4", "K8"))]
     if run.positions.shape[1] < LEAST_FRAMES:
         detail = f"{run.positions.shape[1]} frames; {LEAST_FRAMES} are needed: run longer"
-        codes = [code for code in THRESHOLDS if not (run.draws_velocities and code in ("K2", "K3", "K4"))]
-        return results + [
-            CheckResult(code, NAMES[code], "inconclusive", math.nan, THRESHOLDS[code][0], detail) for code in codes
+        undecided = [
+            CheckResult(code, NAMES[code], "inconclusive", math.nan, THRESHOLDS[code][0], detail) for code in asked
         ]
-    if not run.draws_velocities:
-        if run.nve:
-            results.append(_drift(run, reference))
-        results += _temperatures(run)
-    kinds = _coordinates(run, reference, replicate)
-    for code, chosen in kinds.items():
-        if chosen:
-            results.append(_divergence(code, chosen, replicate is not None))
+        return results + undecided
+    if run.nve and "K2" in asked:
+        results.append(_drift(run, reference))
+    results += _temperatures(run)
+    try:
+        bonded = _bonded(reference)
+    except StructureError:  # an element without a radius
+        return results
+    others = [reference, *([] if replicate is None else [replicate])]
+    kinds = kinds_of(run.numbers, bonded, reference.constraints, [run.kept, *(one.kept for one in others)])
+    results += [
+        _divergence(code, chosen, replicate is not None, len(run.positions)) for code, chosen in kinds.items() if chosen
+    ]
+    slowest = slowest_dihedral(reference)
+    if slowest is not None and "K8" in asked:
+        results.append(_rates(run, others, slowest))
     return results
 
 
@@ -128,13 +142,61 @@ def error_of(results: Sequence[CheckResult]) -> float:
     return math.nan if not shares or any(math.isnan(share) for share in shares) else max(shares)
 
 
-def slowest_dihedral(run: Run) -> tuple[str, float]:
-    """The kind and effective samples of the dihedral with the fewest; none: ("", nan)."""
-    found = {
-        kind: min(effective_samples(np.cos(values)), effective_samples(np.sin(values)))
-        for kind, values in _dihedrals(run).items()
-    }
-    return min(found.items(), key=lambda item: item[1]) if found else ("", math.nan)
+def slowest_dihedral(reference: Run) -> Basins | None:
+    """Of all dihedrals with several basins the one with the fewest effective samples; None where none has."""
+    try:
+        members = _bonded(reference).dihedrals
+    except StructureError:
+        return None
+    found = [basins for row in members if len((basins := Basins.of(reference, row)).tops) > 1]
+    return min(found, key=lambda basins: basins.samples(reference), default=None)
+
+
+@dataclass(frozen=True)
+class Basins:
+    """Where a dihedral (4,) stays: `tops` in degrees, the maxima of its distribution."""
+
+    atoms: IntArray
+    tops: FloatArray
+
+    @classmethod
+    def of(cls, run: Run, atoms: IntArray) -> Basins:
+        """As `run` shows them, in bins of 10°, smoothed over three."""
+        counts, edges = np.histogram(_angles(run, atoms), 36, (-180, 180))
+        smooth = np.roll(counts, -1) + counts + np.roll(counts, 1)
+        high = (smooth >= np.roll(smooth, 1)) & (smooth > np.roll(smooth, -1)) & (smooth > BASIN * smooth.max())
+        tops: list[float] = []
+        for top in (0.5 * (edges[1:] + edges[:-1])[high]).tolist():
+            if all(_apart(top, other) > 2 * CORE for other in tops):
+                tops.append(top)
+        return cls(atoms, np.array(tops))
+
+    def samples(self, run: Run) -> float:
+        """Effective ones of all replicas, the fewer of cosine and sine."""
+        radians = np.radians(_angles(run, self.atoms))
+        return min(effective_samples(np.cos(radians)), effective_samples(np.sin(radians)))
+
+    def changes(self, run: Run) -> int:
+        """How often the dihedral came within `CORE` of another top than the one that it was at last."""
+        angles = _angles(run, self.atoms)
+        distance = _apart(angles[..., None], self.tops)
+        core = np.where(distance.min(-1) < CORE, distance.argmin(-1), -1)
+        return sum(int((np.diff(row[row >= 0]) != 0).sum()) for row in core)
+
+    def duration(self, run: Run) -> float:
+        """ps, of all replicas."""
+        return len(run.positions) * run.kept.interval * len(run.kept.times)
+
+
+def _apart(one: Any, other: Any) -> Any:
+    """Degrees between two angles, 0 to 180."""
+    return np.abs((one - other + 180) % 360 - 180)
+
+
+def _angles(run: Run, atoms: IntArray) -> FloatArray:
+    """Degrees (R, T)."""
+    [values] = internal(run.numbers, run.kept.positions, atoms[None]).values()
+    return values[..., 0]
 
 
 def slopes(run: Run) -> FloatArray:
@@ -199,20 +261,10 @@ def _drift(run: Run, reference: Run) -> CheckResult:
 
 
 def _temperatures(run: Run) -> list[CheckResult]:
-    kinetic, freedom = kinetic_energies(
-        run.numbers, run.masses, run.constraints, run.positions, run.velocities, run.kicks
-    )
-    shares = {}
-    for name, energy in kinetic.items():
-        if freedom[name].mean() < 0.5:
-            continue
-        ratio = 2 * energy / (BOLTZMANN * run.temperature * freedom[name].mean())
-        ratio = ratio[:, int(BURN_IN * ratio.shape[1]) :]
-        samples = effective_samples(ratio) if ratio.shape[1] > 1 else 0.0
-        error = float(ratio.std() / math.sqrt(samples)) if samples > 1 else math.inf
-        shares[name] = (float(ratio.mean()) - 1, error, samples)
+    shares = _kinetic(run) | {CONFIGURATIONAL: _configurational(run)}
+    first = [name for name in (WHOLE, CONFIGURATIONAL) if name in shares]
     results = []
-    for code, names in (("K3", ["all atoms"]), ("K4", [name for name in shares if name != "all atoms"])):
+    for code, names in (("K3", first), ("K4", [name for name in shares if name not in first])):
         verdicts, details = [], {}
         for name in names:
             off, error, samples = shares[name]
@@ -221,7 +273,9 @@ def _temperatures(run: Run) -> list[CheckResult]:
                 reasons.append(f"{samples:.0f} independent samples; {LEAST_SAMPLES:g} are needed")
             verdicts.append(_verdict(abs(off), error, code, reasons, tests=len(names)))
             details[name] = "; ".join([f"{name}: {100 * off:+.2f} ± {100 * error:.2g} %", *reasons])
-        worst = max(names, key=lambda name: abs(shares[name][0]))
+        if not names:
+            continue
+        worst = max(names, key=lambda name: np.nan_to_num(abs(shares[name][0]), nan=np.inf))
         undecided = "pass" if set(verdicts) == {"pass"} else "inconclusive"
         verdict: Verdict = "fail" if "fail" in verdicts else undecided  # type: ignore[assignment]
         figures = {f"{name} (K)": run.temperature * (1 + shares[name][0]) for name in names}
@@ -231,125 +285,56 @@ def _temperatures(run: Run) -> list[CheckResult]:
     return results
 
 
-@dataclass(frozen=True)
-class _Kind:
-    """Samples (blocks, n) of one kind of coordinate: of the run, the reference, and both runs of the reference."""
-
-    run: FloatArray
-    reference: FloatArray
-    pool: FloatArray
-    samples: float  # independent ones of the run
-    replicas: int
-    bins: Callable[[FloatArray], FloatArray]  # counts per block
+WHOLE, CONFIGURATIONAL = "all atoms", "configurational"
+Share = tuple[float, float, float]  # relative deviation of a temperature, its standard error, independent samples
 
 
-def _coordinates(run: Run, reference: Run, replicate: Run | None) -> dict[str, dict[str, _Kind]]:
-    """By gate and kind."""
-    first = reference.positions[0, 0]
-    try:
-        bonded = topology(_structure(reference.numbers, first))
-    except StructureError:
+def _kinetic(run: Run) -> dict[str, Share]:
+    """By group of atoms or motion; nothing where velocities are random numbers."""
+    if run.draws_velocities:
         return {}
-    runs = [run, reference, *([replicate] if replicate is not None else [])]
-    found: dict[str, dict[str, _Kind]] = {"K5": {}, "K6": {}, "K7": {}}
-    fixed = {tuple(sorted(pair)) for pair in reference.constraints.tolist()}
-    free = np.array([bond for bond in bonded.bonds.tolist() if tuple(sorted(bond)) not in fixed], dtype=np.int64)
-    for code, members in (("K5", free.reshape(-1, 2)), ("K5", bonded.angles), ("K6", bonded.dihedrals)):
-        if len(members):
-            width, limits = BINS[members.shape[1]]
-            values = [internal(one, members) for one in runs]
-            for kind in values[0]:
-                found[code][kind] = _kind([value[kind] for value in values], width, limits)
-    heavy = np.flatnonzero(reference.numbers != 1)
-    pairs = np.array([(i, j) for n, i in enumerate(heavy) for j in heavy[n + 1 :]], dtype=np.int64).reshape(-1, 2)
-    if len(pairs):
-        values = [internal(one, pairs) for one in runs]
-        for kind in values[0]:
-            found["K7"][kind] = _kind([value[kind] for value in values], PAIR_BIN, (0.0, PAIR_MAX))
-    return found
+    kinetic, freedom = kinetic_energies(
+        run.numbers, run.masses, run.constraints, run.positions, run.velocities, run.kicks
+    )
+    shares = {}
+    for name, energy in kinetic.items():
+        if freedom[name].mean() < 0.5:
+            continue
+        ratio = 2 * energy / (BOLTZMANN * run.temperature * freedom[name].mean())
+        shares[name] = _share(ratio)
+    return shares
 
 
-def internal(run: Run, members: IntArray) -> dict[str, FloatArray]:
-    """`internal_coordinates` of all replicas after the burn-in: (R, T, number of that kind)."""
-    kept = run.positions[:, int(BURN_IN * run.positions.shape[1]) :]
-    frames = _frames(run.numbers, kept.reshape(-1, *kept.shape[2:]))
-    found = internal_coordinates(frames, members)
-    return {kind: values.reshape(len(kept), kept.shape[1], -1) for kind, values in found.items()}
+def _configurational(run: Run) -> Share:
+    """Linearised about the ratio of means."""
+    burnt = int(BURN_IN * len(run.times))
+    curvatures, slopes = run.curvatures[:, burnt:], run.slopes[:, burnt:] / (BOLTZMANN * run.temperature)
+    mean = float(curvatures.mean())
+    if not (np.isfinite(slopes).all() and mean > 0):
+        return math.nan, math.inf, 0.0
+    ratio = float(slopes.mean()) / mean
+    _, error, samples = _share((slopes - ratio * curvatures) / mean, burnt=0.0)
+    return ratio - 1, error, samples
 
 
-def _dihedrals(run: Run) -> dict[str, FloatArray]:
-    """Radians (R, T) of every dihedral."""
-    if run.positions.shape[1] < 2:
-        return {}
-    try:
-        members = topology(_structure(run.numbers, run.positions[0, 0])).dihedrals
-    except StructureError:
-        return {}
-    found = {}
-    for row in members:
-        [(kind, values)] = internal(run, row[None]).items()
-        found[f"{kind} {'-'.join(map(str, row.tolist()))}"] = np.radians(values[..., 0])
-    return found
+def _share(ratio: FloatArray, burnt: float = BURN_IN) -> Share:
+    ratio = ratio[:, int(burnt * ratio.shape[1]) :]
+    samples = effective_samples(ratio) if ratio.shape[1] > 1 else 0.0
+    error = float(ratio.std() / math.sqrt(samples)) if samples > 1 else math.inf
+    return float(ratio.mean()) - 1, error, samples
 
 
-def _kind(values: Sequence[FloatArray], width: float, limits: tuple[float, float] | None) -> _Kind:
-    usual = values[1:]
-    low, high = limits or (min(v.min() for v in usual) - width, max(v.max() for v in usual) + width)
-    edges = np.linspace(low, high, max(round((high - low) / width), 1) + 1)
-
-    def counts(blocks: FloatArray) -> FloatArray:
-        """What lies beyond counts in the last bins: atoms may be anywhere before a run fails."""
-        return np.array(
-            [np.histogram(np.clip(np.nan_to_num(block, nan=high), low, high), edges)[0] for block in blocks],
-            dtype=float,
-        )
-
-    tau = max(_tau(v) for v in values)
-    blocks = [_blocks(v, max(block_count(v.shape[1], tau), 1)) for v in values]
-    pool = np.concatenate(blocks[1:])
-    replicas, frames = values[0].shape[:2]
-    return _Kind(blocks[0], blocks[1], pool, replicas * frames / (2 * tau), replicas, counts)
-
-
-def _tau(values: FloatArray) -> float:
-    """Of the slowest member of a kind (R, T, M), in samples; as long as a replica where nothing moves."""
-    taus = [autocorrelation_time(values[..., n]) for n in range(values.shape[2])]
-    return min(max(taus), float(values.shape[1]))
-
-
-def _blocks(values: FloatArray, count: int) -> FloatArray:
-    size = values.shape[1] // count
-    cut = values[:, : size * count]
-    return cut.reshape(len(values) * count, size * values.shape[2])
-
-
-def _divergence(code: str, kinds: Mapping[str, _Kind], known: bool) -> CheckResult:
-    measure = absolute_difference if code == "K7" else jensen_shannon
-    figures, curves, worst = {}, {}, {}
-    null = np.zeros(DIVISIONS)
-    rng = np.random.default_rng(0)
-    for name, kind in kinds.items():
-        run, reference, pool = (kind.bins(part) for part in (kind.run, kind.reference, kind.pool))
-        every = -(-kind.pool.shape[1] // kind.run.shape[1])
-        thin = kind.bins(kind.pool[:, ::every])  # as few samples as the run has
-        total = run.sum(axis=0), reference.sum(axis=0)
-        worst[name] = measure(*total)
-        figures[f"{name}: Kullback-Leibler divergence (nat)"] = kullback_leibler(*total)
-        curves[name] = total
-        if known:
-            for n in range(DIVISIONS):
-                order = rng.permutation(len(pool))
-                one, two = thin[order[: len(run)]], pool[order[len(run) :]]
-                null[n] = max(null[n], measure(one.sum(axis=0), two.sum(axis=0)))
-    figure = max(worst.values())
-    usual = float(np.percentile(null, 95)) if known else math.inf
-    low, high = THRESHOLDS[code]
-    samples = min(kind.samples for kind in kinds.values())
-    lacking = _too_few(min(kind.replicas for kind in kinds.values()))
+def _divergence(code: str, kinds: dict[str, Kind], known: bool, replicas: int) -> CheckResult:
+    found = compare(code, kinds, absolute_difference if code == "K7" else jensen_shannon, known)
+    name, (low, high) = found.worst, THRESHOLDS[code]
+    figure, usual = found.by_kind[name], found.usual
+    lacking = _too_few(replicas)
     if not known:
         lacking.append("no second run of the reference (verlet at the same time step) to tell chance by")
-    if samples < LEAST_SAMPLES:
-        lacking.append(f"{samples:.0f} independent samples; {LEAST_SAMPLES:g} are needed")
+    elif not math.isfinite(usual):
+        lacking.append("the reference is too short to tell chance by: let it run longer than the variant")
+    if found.samples < LEAST_SAMPLES:
+        lacking.append(f"{found.samples:.0f} independent samples; {LEAST_SAMPLES:g} are needed")
     reasons = []
     if usual > low:
         reasons.append(f"two runs of the reference differ by {usual:.2g}; {low:g} is to be seen")
@@ -358,22 +343,23 @@ def _divergence(code: str, kinds: Mapping[str, _Kind], known: bool) -> CheckResu
         verdict = "fail"
     elif not lacking and not reasons and figure <= min(low, BEYOND_NULL * usual):
         verdict = "pass"
-    name = max(worst, key=lambda kind: worst[kind])
     detail = "; ".join([f"{name}: {figure:.2g}, null {usual:.2g}", *lacking, *reasons])
-    figures |= {f"{kind}: figure": value for kind, value in worst.items()} | {"95 % of the null": usual}
-    x = np.arange(len(curves[name][0]), dtype=float).tolist()
-    shown = [
-        Curve(label, x, (part / part.sum()).tolist(), style="steps")
-        for label, part in zip(("variant", "reference"), curves[name], strict=True)
-    ]
-    plot = Plot(f"{name}, where they differ most", "bin", "probability", shown)
-    return CheckResult(code, NAMES[code], verdict, figure, low, detail, figures, [plot])
+    return CheckResult(code, NAMES[code], verdict, figure, low, detail, found.figures, found.plots)
 
 
-def _structure(numbers: IntArray, positions: FloatArray) -> Structure:
-    return Structure(numbers, positions)
+def _rates(run: Run, others: Sequence[Run], basins: Basins) -> CheckResult:
+    """Changes of basin as a Poisson process; the ratio of two rates has a relative variance of 1/n + 1/n'."""
+    mine, time = basins.changes(run), basins.duration(run)
+    usual, long = sum(map(basins.changes, others)), sum(map(basins.duration, others))
+    which = "-".join(map(str, basins.atoms.tolist()))
+    detail = f"dihedral {which}: {mine} changes of basin in {time:.3g} ps, the reference {usual} in {long:.3g} ps"
+    figures = {"rate (1/ps)": mine / time, "reference (1/ps)": usual / long}
+    low, _ = THRESHOLDS["K8"]
+    if not mine or not usual:
+        return CheckResult("K8", NAMES["K8"], "inconclusive", math.nan, low, detail, figures)
+    figure, error = abs(math.log(mine / time * long / usual)), math.sqrt(1 / mine + 1 / usual)
+    return CheckResult("K8", NAMES["K8"], _verdict(figure, error, "K8", []), figure, low, detail, figures)
 
 
-def _frames(numbers: IntArray, positions: FloatArray) -> Frames:
-    none = np.zeros(3, dtype=bool)
-    return Frames(numbers, positions, np.zeros((3, 3)), none, np.arange(len(positions), dtype=float))
+def _bonded(run: Run) -> Topology:
+    return topology(Structure(run.numbers, run.positions[0, 0]))

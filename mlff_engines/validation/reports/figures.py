@@ -60,10 +60,16 @@ def svg(plot: Plot, prefix: str = "") -> str:
         for k, curve in enumerate(curves):
             _draw(axes, curve, plot.scale, k)
         _plain_ticks(axes)
+        violins = [curve for curve in curves if curve.style == "violin"]
+        if violins:
+            axes.set_xticks([curve.x[0] for curve in violins], [curve.label for curve in violins], rotation=90)
+            axes.grid(visible=False, axis="x")
         axes.set_title(_wrapped(plot.title, 46), loc="left")
         axes.set(xlabel=_wrapped(plot.x, 60), ylabel=_wrapped(plot.y, 40))
         crowded = len(curves) > 1 and sum(len(curve.x) for curve in curves) >= MANY  # no free place inside
-        if len(curves) > FEW or crowded:
+        if violins:
+            pass  # named below the axis
+        elif len(curves) > FEW or crowded:
             columns = 3 if len(curves) > FEW else len(curves)
             legend = figure.legend(loc="outside lower center", ncols=columns)
             lines = sum(text.get_text().count("\n") + 1.5 for text in legend.texts) / columns
@@ -82,6 +88,9 @@ def _draw(axes: Any, curve: Curve, scale: str, k: int) -> None:
     x, y = (np.asarray(values, dtype=float)[shown] for values in (curve.x, curve.y))
     colour, label = COLOURS[k % len(COLOURS)], _wrapped(curve.label, 28)
     many = len(x) > MANY
+    if curve.style == "violin":
+        _violin(axes, float(x[0]), y, colour)
+        return
     if curve.error is not None:
         error = np.abs(np.nan_to_num(np.asarray(curve.error, dtype=float)[shown], posinf=0.0, neginf=0.0))
         low, high = y - error, y + error
@@ -100,6 +109,16 @@ def _draw(axes: Any, curve: Curve, scale: str, k: int) -> None:
     if curve.error is not None:
         step = "mid" if curve.style == "steps" else None
         axes.fill_between(x, low, high, color=colour, alpha=0.22, lw=0, step=step)
+
+
+def _violin(axes: Any, x: float, y: FloatArray, colour: str) -> None:
+    """The density of `y`, and over it median, quartiles and whiskers; a density of few or equal numbers shows none."""
+    if len(y) > 2 and np.ptp(y) > 0:
+        for body in axes.violinplot([y], [x], widths=0.9, showextrema=False)["bodies"]:
+            body.set(facecolor=colour, alpha=0.3)
+    line = {"color": colour}
+    axes.boxplot([y], positions=[x], widths=0.35, manage_ticks=False, boxprops=line, whiskerprops=line, capprops=line,
+                 medianprops={"color": "black"}, flierprops={"marker": ".", "ms": 3, "mec": colour})  # fmt: skip
 
 
 def _plain_ticks(axes: Any) -> None:

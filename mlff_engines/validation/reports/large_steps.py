@@ -16,16 +16,16 @@ from pydantic import BaseModel, ConfigDict, Field
 from mlff_engines.errors import DataError
 from mlff_engines.files import sha256_of
 from mlff_engines.options import output_option, path_argument
-from mlff_engines.units import length_unit
-from mlff_engines.validation.dynamics.large_steps import NAMES, Run, error_of, judge, slowest_dihedral
+from mlff_engines.units import energy_unit, length_unit
+from mlff_engines.validation.dynamics.large_steps import NAMES, Basins, Run, error_of, judge, slopes, slowest_dihedral
 from mlff_engines.validation.reports.page import write_report
 from mlff_engines.validation.reports.report import Provenance, Report, Section, overall
-from mlff_engines.validation.result import CheckResult, Verdict
+from mlff_engines.validation.result import CheckResult, Curve, Plot, Verdict
 
-NM = length_unit("nm")
+NM, KJ_PER_MOL = length_unit("nm"), energy_unit("kJ/mol")  # Å, eV
 VELOCITY = NM * 1e-3  # nm/ps in Å/fs
 REFERENCE = "reference"
-BASELINES = ("verlet", "hmr")
+BASELINES = ("verlet", "hmr", "mts")
 
 
 class Row(BaseModel):
@@ -39,6 +39,8 @@ class Row(BaseModel):
     all_calls_per_ns: float = Field(description="with those of starts and checks")
     seconds_per_ns: float = Field(description="wall-clock")
     calls_per_sample: float = Field(description="true calls per independent sample of the slowest dihedral")
+    sampling_gain: float | None = Field(default=None, description="those of hmr over these, or None without hmr")
+    time_to_basin_ps: float = Field(description="mean time until the slowest dihedral is in another basin")
     acceptance: float | None = Field(default=None, description="of proposals, variant D")
     fallbacks: int = Field(default=0, description="jumps that were not taken: at their bound")
     clamp_hits: int = Field(default=0, description="atoms at the bound of a jump")
@@ -55,6 +57,7 @@ class LargeStepReport(Report):
     """A report with a row for every variant."""
 
     variants: list[Row] = Field(default_factory=list)
+    plots: list[Plot] = Field(default_factory=list, description="of all variants side by side")
 
 
 @click.command()
@@ -83,23 +86,47 @@ def evaluate_runs(folder: Path, command: str = "") -> LargeStepReport:
     if not tables:
         raise DataError(f"no runs in {folder}: run mlff kstep run")
     sections, costs, hashes = [], dict[str, list[_Cost]](), dict[str, str]()
+    plots: list[Plot] = []
     for molecule, variants in tables.items():
         if REFERENCE not in variants:
             raise DataError(f"{folder / molecule} has no runs of the reference: run mlff kstep run again")
         reference = variants[REFERENCE][0]
         replicate = _replicate(variants)
+        slowest = slowest_dihedral(reference)
+        plots += _overview(molecule, [run for run, _, _ in variants.values()])
         for name, (run, costly, files) in variants.items():
             hashes |= {f"{molecule}/{path.name}": sha256_of(path) for path in files}
             if name == REFERENCE:
                 continue
             results = judge(run, reference, replicate)
             sections.append(Section(engine=name, system=molecule, results=[*results]))
-            costs.setdefault(name, []).append(costly | {"results": results, "samples": slowest_dihedral(run)[1]})
+            costs.setdefault(name, []).append(costly | {"results": results} | _sampling(run, slowest))
     provenance = Provenance(command=command, hashes=hashes)
-    return LargeStepReport(title="large time steps", provenance=provenance, sections=sections, variants=_rows(costs))
+    title, rows = "large time steps", _rows(costs)
+    return LargeStepReport(title=title, provenance=provenance, sections=sections, variants=rows, plots=plots)
 
 
 _Cost = dict[str, Any]
+
+
+def _overview(molecule: str, runs: Sequence[Run]) -> list[Plot]:
+    """The slopes of the replicas of all that ran to the end without thermostat."""
+    drifts = {run.variant: slopes(run) for run in runs if not run.problems}
+    curves = [
+        Curve(name, [float(n)] * len(found), np.log10(np.abs(found) + 1e-9).tolist(), style="violin")
+        for n, (name, found) in enumerate(drifts.items())
+        if len(found)
+    ]
+    title = f"{molecule}: drift of the true total energy"
+    return [Plot(title, "", "log10 of |slope| (kJ/mol/ps/atom)", curves)] if curves else []
+
+
+def _sampling(run: Run, slowest: Basins | None) -> _Cost:
+    """Of the reference's slowest dihedral, so that all are held to the same."""
+    if slowest is None or len(run.kept.times) < 2:
+        return {"samples": 0.0, "changes": 0, "duration": 0.0}
+    found = slowest.samples(run), slowest.changes(run), slowest.duration(run)
+    return dict(zip(("samples", "changes", "duration"), found, strict=True))
 
 
 def _replicate(variants: Mapping[str, tuple[Run, _Cost, list[Path]]]) -> Run | None:
@@ -132,6 +159,7 @@ def _rows(costs: Mapping[str, Sequence[_Cost]]) -> list[Row]:
                 all_calls_per_ns=_over(sum(part["calls"]["all"] for part in parts), ns),
                 seconds_per_ns=_over(sum(part["seconds"] for part in parts), ns),
                 calls_per_sample=_over(calls, samples),
+                time_to_basin_ps=_over(sum(part["duration"] for part in parts), sum(part["changes"] for part in parts)),
                 acceptance=counts["accepted"] / counts["proposals"] if counts["proposals"] else None,
                 fallbacks=counts["fallbacks"],
                 clamp_hits=counts["clamp_hits"],
@@ -141,7 +169,16 @@ def _rows(costs: Mapping[str, Sequence[_Cost]]) -> list[Row]:
             )
         )
     baselines = [row for row in rows if costs[row.variant][0]["kind"] in BASELINES]
-    return [row.model_copy(update={"savings": savings(row, baselines)}) for row in rows]
+    heavy = [row.calls_per_sample for row in rows if costs[row.variant][0]["kind"] == "hmr"]
+    return [
+        row.model_copy(
+            update={
+                "savings": savings(row, baselines),
+                "sampling_gain": _over(min(heavy), row.calls_per_sample) if heavy else None,
+            }
+        )
+        for row in rows
+    ]
 
 
 COUNTED = ("proposals", "accepted", "fallbacks", "clamp_hits")
@@ -197,6 +234,8 @@ def _read(paths: list[Path]) -> tuple[Run, _Cost, list[Path]]:
         positions=stacked("pos", NM),
         velocities=stacked("vel", VELOCITY),
         kicks=stacked("kick", VELOCITY),
+        slopes=stacked("slope", KJ_PER_MOL),
+        curvatures=stacked("curvature", 1.0),
         nve=[np.array([part["nve_time"], part["nve_Etot"]]) for part in parts if len(part["nve_time"])],
         temperature=first["settings"]["temperature_K"],
         problems={part["meta"]["replica"]: part["meta"]["problem"] for part in parts if part["meta"]["problem"]},

@@ -140,6 +140,7 @@ def page(report: Report) -> str:
             for s, section in enumerate(report.sections)
             for r, result in enumerate(section.results)
         },
+        overview=[drawn for n, plot in enumerate(getattr(report, "plots", [])) if (drawn := svg(plot, f"o{n}-"))],
         identity=id,
         anchor=_anchor,
         views=[view.model_dump() for view in report.views],

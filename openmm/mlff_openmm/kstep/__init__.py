@@ -11,6 +11,7 @@
 | `corrector`   | a student and the true potential in one System, and how often the latter was asked    |
 | `hybrid`      | variant C: the integrator for such a System                                           |
 | `drivers`     | variants A (jumps) and D (Metropolis), as loops around one Context                    |
+| `simulations` | the simulation of each variant and baseline                                           |
 | `run`         | stage 5: all variants and baselines from the same starts                              |
 | `samples`     | what is kept of its runs, and the true energies of their frames                       |
 | `commands`    | the command line of these stages                                                      |

@@ -47,13 +47,20 @@ def simulate(prepared: Path, config: Path, out: Path, overwrite: bool) -> None:
 @click.argument("config", type=path_argument)
 @click.option("--student", type=path_argument, help="Artifact of a force field, for variants C and D.")
 @click.option("--jump", "jumps", type=path_argument, multiple=True, help="Artifact of a jump, for variants A.")
+@click.option("--processes", type=click.IntRange(1), default=1, show_default=True, help="Simulations at a time.")
 @output_option
 @overwrite_option
 @keys_option(RunConfig)
 def run(
-    prepared: Path, config: Path, student: Path | None, jumps: tuple[Path, ...], out: Path, overwrite: bool
+    prepared: Path,
+    config: Path,
+    student: Path | None,
+    jumps: tuple[Path, ...],
+    processes: int,
+    out: Path,
+    overwrite: bool,
 ) -> None:
     """Run the variants in CONFIG for each molecule in PREPARED, from the same starts; runs that are there stay."""
     settings = load_yaml(RunConfig, config)
-    made = run_variants(prepared, settings, out, student=student, jumps=jumps, overwrite=overwrite)
+    made = run_variants(prepared, settings, out, student=student, jumps=jumps, processes=processes, overwrite=overwrite)
     click.echo(f"{out}: {len(made)} runs; judge them with mlff kstep evaluate {out}")

@@ -47,6 +47,9 @@ class MDConfig(SystemConfig):
     nve_window_ps: float = Field(50.0, ge=0, description="length of a constant-energy window; 0: none")
     burst_interval_ps: Positive = Field(1.0, description="Langevin dynamics between two bursts")
     burst_steps: int = Field(16, ge=0, description="length of a constant-energy burst; 0: none")
+    displaced_nm: float = Field(
+        0.0, ge=0, description="a frame after each burst with atoms displaced so far, rms, for force fields; 0: none"
+    )
     save_interval_steps: int = Field(4, ge=1, description="between two frames of a window or burst")
     save_forces: bool = Field(False, description="true forces of every frame")
     platform: Literal["Reference", "CPU", "CUDA", "OpenCL", "HIP"] = Field(
@@ -61,8 +64,8 @@ class MDConfig(SystemConfig):
                 f"burst_steps {self.burst_steps} is no multiple of save_interval_steps {self.save_interval_steps}: "
                 "the end of a burst would be lost"
             )
-        if not self.burst_steps and not self.nve_window_ps:
-            raise ValueError("burst_steps and nve_window_ps are both 0: nothing would be saved")
+        if not (self.burst_steps or self.nve_window_ps or self.displaced_nm):
+            raise ValueError("burst_steps, nve_window_ps and displaced_nm are all 0: nothing would be saved")
         if self.burst_interval_ps > self.nve_interval_ps:
             raise ValueError(
                 f"burst_interval_ps {self.burst_interval_ps:g} is longer than nve_interval_ps {self.nve_interval_ps:g}"
@@ -70,18 +73,33 @@ class MDConfig(SystemConfig):
         return self
 
 
+Kind = Literal["verlet", "hmr", "mts", "student", "jump", "A1", "A2", "C", "D"]
+NEEDED: dict[str, str] = {"mts": "macro_step_fs", "jump": "k", "A1": "k", "A2": "k", "C": "macro_step_fs"} | {
+    "D": "trajectory_ps"
+}
+SUFFIX = {"k": "", "trajectory_ps": "ps"}  # of names; others are in fs
+OF_STUDENT = ("student", "C", "D")
+OF_JUMP = ("jump", "A1", "A2")
+
+
 class Variant(Config):
     """A way to make steps, or a baseline."""
 
-    kind: Literal["verlet", "hmr", "A1", "A2", "C", "D"] = Field(
-        description="Verlet, the same with heavy hydrogens, or a variant of mlff_engines.kstep"
+    kind: Kind = Field(
+        description="verlet; hmr: with heavy hydrogens; mts: nonbonded forces seldom; student or jump alone; A1 to D: "
+        "the variants of mlff_engines.kstep"
     )
     name: str = Field("", pattern=r"^[A-Za-z0-9.+-]*$", description="of files and rows; default from the rest")
-    dt_fs: Positive | None = Field(None, description="time step of verlet and hmr; default: that of the run, 4 for hmr")
-    k: int | None = Field(None, ge=1, description="steps of a jump: A1, A2")
-    macro_step_fs: Positive | None = Field(None, description="between true forces: C")
+    dt_fs: Positive | None = Field(
+        None, description="of the innermost steps; default: dt_fs of the run, inner_step_fs with a student, 4 for hmr"
+    )
+    k: int | None = Field(None, ge=1, description="steps of a jump: jump, A1, A2")
+    ballistic: bool = Field(False, description="jump, A1, A2: free flight in place of the learned jump")
+    macro_step_fs: Positive | None = Field(None, description="between true forces: C; between nonbonded ones: mts")
     trajectory_ps: Positive | None = Field(None, description="of the student, as a proposal: D")
     allow_unsafe: bool = Field(False, description="C: run a macro-step at a resonance all the same")
+    length_ps: Positive | None = Field(None, description="in place of that of the run")
+    nve_ps: float | None = Field(None, ge=0, description="in place of that of the run")
 
     @model_validator(mode="before")
     @classmethod
@@ -89,28 +107,21 @@ class Variant(Config):
         if isinstance(data, dict) and data.get("kind") == "hmr":
             data = {"dt_fs": 4.0} | data
         if isinstance(data, dict) and not data.get("name"):
-            of = {"A1": ("k", "k"), "A2": ("k", "k"), "C": ("macro_step_fs", ""), "D": ("trajectory_ps", "")}
-            key, mark = of.get(str(data.get("kind")), ("dt_fs", ""))
-            unit = {"trajectory_ps": "ps", "k": ""}.get(key, "fs")
+            key = NEEDED.get(str(data.get("kind")), "dt_fs")
             value = data.get(key)
-            size = f"-{mark}{value:g}{unit}" if isinstance(value, int | float) else ""
-            data = data | {"name": f"{data.get('kind')}{size}"}
+            mark = "k" if key == "k" else ""
+            size = f"-{mark}{value:g}{SUFFIX.get(key, 'fs')}" if isinstance(value, int | float) else ""
+            data = data | {"name": f"{data.get('kind')}{size}{'-ballistic' if data.get('ballistic') else ''}"}
         return data
 
     @model_validator(mode="after")
     def _complete(self) -> Variant:
-        needed = {"A1": "k", "A2": "k", "C": "macro_step_fs", "D": "trajectory_ps"}.get(self.kind)
+        needed = NEEDED.get(self.kind)
         if needed and getattr(self, needed) is None:
             raise ValueError(f"{self.kind} needs {needed}")
+        if self.ballistic and self.kind not in OF_JUMP:
+            raise ValueError(f"{self.name}: ballistic is for {', '.join(OF_JUMP)}")
         return self
-
-    def macro_step(self, dt_fs: float) -> float:
-        """fs between two true forces, or energies, where the run has a time step of `dt_fs`."""
-        if self.k is not None:
-            return (self.k + 1) * dt_fs
-        if self.trajectory_ps is not None:
-            return 1e3 * self.trajectory_ps
-        return self.macro_step_fs or self.dt_fs or dt_fs
 
 
 class RunConfig(Config):
@@ -121,11 +132,13 @@ class RunConfig(Config):
     temperature_K: Positive = 300.0  # noqa: N815
     friction_per_ps: Positive = 1.0
     dt_fs: Positive = Field(2.0, description="of the reference and of the steps in a jump")
-    inner_step_fs: Positive = Field(1.0, description="of the student in C and D")
+    inner_step_fs: Positive = Field(1.0, description="of the student, if a variant names none")
     equilibration_ps: float = Field(10.0, ge=0, description="of the starts, by the reference")
     length_ps: Positive = Field(100.0, description="of each replica at the temperature")
     nve_ps: float = Field(100.0, ge=0, description="of each replica without thermostat; 0: none")
+    reference_ps: Positive | None = Field(None, description="length of the reference's replicas; null: length_ps")
     sample_fs: Positive = Field(100.0, description="between two frames")
+    dcd: bool = Field(False, description="write the frames into DCD files as well")
     platform: Literal["Reference", "CPU", "CUDA", "OpenCL", "HIP"] = "Reference"
     seed: int = Field(1, ge=1, description="of starts and noise")
 
@@ -136,9 +149,20 @@ class RunConfig(Config):
         if twice or "reference" in names:
             raise ValueError(f"variants need names of their own, none of them reference; twice there: {twice}")
         for variant in self.variants:
-            steps = variant.macro_step(self.dt_fs) / self.inner_step_fs
-            if variant.kind in ("C", "D") and (steps < 1 or abs(steps - round(steps)) > 1e-6):
-                raise ValueError(
-                    f"{variant.name} is {steps:g} inner steps of {self.inner_step_fs:g} fs; allowed: 1, 2, 3, ..."
-                )
+            inner = self.time_step(variant)
+            steps = self.macro_step(variant) / inner
+            if abs(steps - max(1, round(steps))) > 1e-6:
+                raise ValueError(f"{variant.name} is {steps:g} inner steps of {inner:g} fs; allowed: 1, 2, 3, ...")
         return self
+
+    def macro_step(self, variant: Variant) -> float:
+        """fs between two true forces, or energies; of a student or jump alone, that of its own steps."""
+        if variant.k is not None:
+            return (variant.k + (variant.kind != "jump")) * self.dt_fs
+        if variant.trajectory_ps is not None:
+            return 1e3 * variant.trajectory_ps
+        return variant.macro_step_fs or self.time_step(variant)
+
+    def time_step(self, variant: Variant) -> float:
+        """fs, of the innermost steps."""
+        return variant.dt_fs or (self.inner_step_fs if variant.kind in OF_STUDENT else self.dt_fs)

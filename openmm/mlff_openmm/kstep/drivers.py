@@ -111,7 +111,7 @@ class JumpDynamics(Living):
         positions: Quantity or nm.
         steps: k.
         dt: ps, the time step of the jump and of the corrector.
-        corrector: "A1" or "A2".
+        corrector: "A1" or "A2"; None: jumps alone, which no true force corrects.
         temperature, friction: K and 1/ps; noise about each macro-step. None: none.
         seed: of the noise.
         platform: of OpenMM.
@@ -130,13 +130,13 @@ class JumpDynamics(Living):
         positions: Any,
         steps: int,
         dt: float,
-        corrector: Corrector = "A1",
+        corrector: Corrector | None = "A1",
         temperature: float | None = None,
         friction: float | None = None,
         seed: int = 0,
         platform: str = "Reference",
     ) -> None:
-        if corrector not in CORRECTORS:
+        if corrector is not None and corrector not in CORRECTORS:
             raise ConfigError(f"corrector {corrector!r}{suggest(corrector, CORRECTORS)}")
         if steps < 1 or not dt > 0:
             raise ConfigError(f"{steps} steps of {1e3 * dt:g} fs; allowed: 1 step or more, above 0 fs")
@@ -148,6 +148,7 @@ class JumpDynamics(Living):
             system, [drift_kick_drift(dt) if corrector == "A1" else velocity_verlet(dt), verlet], platform, positions
         )
         self.steps, self.dt, self.counts = steps, dt, JumpCounts()
+        self._true_steps = int(corrector is not None)
         self._jump = self._fitting(Path(jump), topology, temperature) if isinstance(jump, str | Path) else jump
         self._bath: Bath | None = None
         if temperature is not None and friction is not None:
@@ -156,7 +157,7 @@ class JumpDynamics(Living):
     @property
     def macro_step(self) -> float:
         """ps."""
-        return (self.steps + 1) * self.dt
+        return (self.steps + self._true_steps) * self.dt
 
     def step(self, count: int = 1) -> None:
         """Macro-steps."""
@@ -170,12 +171,12 @@ class JumpDynamics(Living):
                 self.put(x, v)
                 self.integrator.setCurrentIntegrator(1)
                 with self.meter.purpose("fallback"):
-                    self.integrator.step(self.steps + 1)
+                    self.integrator.step(self.steps + self._true_steps)
             else:
                 self.put(*land(Particles(self.particles.masses), x, v, displacement))
                 self.project()
                 self.integrator.setCurrentIntegrator(0)
-                self.integrator.step(1)
+                self.integrator.step(self._true_steps)
             if self._bath is not None:
                 x, v = self.state()
                 self.context.setVelocities(self._noise(x, v) / VELOCITY)

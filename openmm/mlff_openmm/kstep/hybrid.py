@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ from openmm import unit
 from mlff_engines.errors import ConfigError
 from mlff_engines.kstep.constraints import BondConstraints
 from mlff_engines.kstep.particles import Evaluation, ForceField, Particles
-from mlff_engines.kstep.stability import DOUBTFUL, largest_step, require_safe, stiffness
+from mlff_engines.kstep.stability import require_safe_student
 from mlff_engines.structure import FloatArray
 from mlff_engines.units import energy_unit, length_unit
 from mlff_openmm.kstep.corrector import CORRECTION_GROUP, STUDENT_GROUP, meter_of
@@ -20,7 +19,6 @@ from mlff_openmm.kstep.corrector import CORRECTION_GROUP, STUDENT_GROUP, meter_o
 NM = length_unit("nm")  # Å
 FORCE = energy_unit("kJ/mol") / NM  # kJ/mol/nm in eV/Å
 TOLERANCE = 1e-8  # of constraints
-CHECK_STEPS = 12  # of Lanczos' method on the true forces, two calls each
 
 
 def hybrid_integrator(
@@ -46,13 +44,13 @@ def hybrid_integrator(
     from outside, or after something else was computed, such as an energy for a reporter. `mlff_openmm.meter_of(system)`
     counts.
 
-    The macro-step is checked by the rule of `mlff_engines.kstep.stability` at `positions`; that near a resonance takes
-    24 true calls, counted as "check".
+    The macro-step is checked by the rule of `mlff_engines.kstep.stability` at `positions`: 24 true calls for each,
+    counted as "check".
 
     Args:
         system: made with a `corrector`, see `mlff_openmm.potential.MLFFPotentialImpl`.
         macro_step, inner_step: Quantities, or ps; the first a multiple of the second.
-        positions: (N, 3), Quantity or nm: near a minimum.
+        positions: (N, 3), Quantity or nm, or several such configurations (M, N, 3): of the simulation, if possible.
         temperature: Quantity or K; None conserves energy.
         friction: Quantity or 1/ps, with a temperature.
         seed: of the noise, 1 or more; None: OpenMM chooses.
@@ -72,15 +70,27 @@ def hybrid_integrator(
             f"temperature {kelvin} K, friction {damping:g}/ps, seed {seed}; allowed: temperature above 0 or None, "
             "friction 0 or above, seed 1 or more, or None"
         )
-    if not allow_unsafe:
+    if not allow_unsafe and steps > 1:
         with meter.purpose("check"):
             _require_safe(system, _plain(positions, unit.nanometer), 1e3 * outer, 1e3 * inner, 1e-3 * damping)
-    groups = [(CORRECTION_GROUP, 1), (STUDENT_GROUP, steps)]
+    return multiple_time_steps(outer, [(CORRECTION_GROUP, 1), (STUDENT_GROUP, steps)], kelvin, damping, seed)
+
+
+def multiple_time_steps(
+    step: float, groups: list[tuple[int, int]], kelvin: float | None, friction: float, seed: int | None = None
+) -> openmm.CustomIntegrator:
+    """RATTLE'd velocity Verlet or, at a temperature, BAOAB, with velocities on step, of one or nested force groups.
+
+    Args:
+        step: ps, of the whole.
+        groups: force groups, and how often each is evaluated in it.
+        kelvin, friction: K and 1/ps.
+    """
     if kelvin is None:
-        integrator = openmm.MTSIntegrator(outer, groups)
+        integrator = openmm.MTSIntegrator(step, groups)
     else:
-        bath = kelvin * unit.kelvin, damping / unit.picosecond
-        integrator = openmm.MTSLangevinIntegrator(*bath, outer * unit.picosecond, groups)
+        bath = kelvin * unit.kelvin, friction / unit.picosecond
+        integrator = openmm.MTSLangevinIntegrator(*bath, step * unit.picosecond, groups)
         if seed is not None:
             integrator.setRandomNumberSeed(seed)
     integrator.setConstraintTolerance(TOLERANCE)
@@ -102,16 +112,14 @@ def particles_of(system: openmm.System) -> Particles:
 def _require_safe(system: openmm.System, positions: FloatArray, macro: float, inner: float, friction: float) -> None:
     """Lengths of steps in fs, friction in 1/fs."""
     context = openmm.Context(system, openmm.VerletIntegrator(0.0), openmm.Platform.getPlatform("Reference"))
-    context.setPositions(positions)
-    context.applyConstraints(TOLERANCE)
-    x = context.getState(positions=True).getPositions(asNumpy=True).value_in_unit(unit.nanometer) * NM
-    particles = particles_of(system)
+    configurations = []
+    for x in positions.reshape(-1, system.getNumParticles(), 3):
+        context.setPositions(x)
+        context.applyConstraints(TOLERANCE)
+        met = context.getState(positions=True).getPositions(asNumpy=True)
+        configurations.append(met.value_in_unit(unit.nanometer) * NM)
     student, residual = (_field(context, group) for group in (STUDENT_GROUP, CORRECTION_GROUP))
-    fastest = math.sqrt(stiffness(student, particles, x))
-    known = None
-    if fastest > 0 and macro >= largest_step(fastest, DOUBTFUL * fastest**2):
-        known = stiffness(residual, particles, x, CHECK_STEPS)
-    require_safe(macro, inner, fastest, known, friction)
+    require_safe_student(student, residual, particles_of(system), configurations, macro, inner, friction)
 
 
 def _field(context: openmm.Context, group: int) -> ForceField:

@@ -29,6 +29,7 @@ CUBIC_BEND = -0.4 * DEGREE  # 1/degree; -0.007 in part I, eq. 3
 COULOMB = 332.0716 * KCAL * ANGSTROM  # kJ nm/mol/e²
 BUFFER = 0.05 * ANGSTROM  # of the electrostatics
 CHARGES_1_4 = 0.75
+PAIRS = "MMFF van der Waals and electrostatics"  # name of the one force that is not bonded
 
 # part I, eqs. 2-4, 6, 7; torsions eq. 8. Lengths in nm, angles in radians, force constants in kJ/mol per nm², rad², ...
 STRETCH = f"k/2 * d^2 * (1 + c*d + 7/12*(c*d)^2); d = r - r0; c = {CUBIC_STRETCH / ANGSTROM!r}"
@@ -209,7 +210,7 @@ class _Terms:
             _, _, rmin, eps = self._found(found, "van der Waals pair", i, j)
             scale = CHARGES_1_4 if apart[i, j] == 3 else 1.0
             force.addBond(i, j, [eps * KCAL, rmin * ANGSTROM, scale * COULOMB * charges[i] * charges[j]])
-        return _named(force, "MMFF van der Waals and electrostatics")
+        return _named(force, PAIRS)
 
 
 LINEAR_TYPES = frozenset({4, 53, 61})  # the property `linh` in MMFFPROP.PAR

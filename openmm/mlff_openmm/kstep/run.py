@@ -9,20 +9,24 @@ Each replica is sampled at the temperature for `length_ps`, and again without th
 | `pos`, `vel`                 | (T, N, 3) | nm and nm/ps, after whole macro-steps                                     |
 | `kick`                       | (T, N, 3) | nm/ps, what forces change velocities by in the first half of a time step  |
 | `Epot`                       | (T,)      | kJ/mol, true                                                              |
+| `slope`, `curvature`         | (T,)      | kJ/mol/(amu nm²): their means have the ratio kT, see `configurational`    |
 | `nve_Etot`                   | (S,)      | kJ/mol, true potential and kinetic energy, nothing rescaled               |
 | `numbers`, `masses`          | (N,)      | atomic numbers; amu                                                       |
 | `constraints`, `constraint_lengths` | (C, 2) (C,) | atoms whose distance is fixed, and nm                            |
 | `metadata`                   | ()        | JSON: settings, hashes, true calls, wall-clock, what went wrong           |
 
-Energies are found afterwards from the frames: no reporter calls the true potential while it is counted.
+Energies are found afterwards from the frames: no reporter calls the true potential while it is counted. With `dcd`, the
+frames stand in ``MOLECULE/VARIANT_rN.dcd`` besides; ``molecules/MOLECULE.pdb`` is their topology.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,15 +40,13 @@ from mlff_engines.errors import ConfigError, DataError, SimulationError
 from mlff_engines.files import replacing, sha256_of
 from mlff_engines.structure import FloatArray
 from mlff_openmm.kstep.config import RunConfig, Variant
-from mlff_openmm.kstep.corrector import STUDENT_GROUP, count_calls
+from mlff_openmm.kstep.corrector import count_calls
 from mlff_openmm.kstep.drivers import NM, VELOCITY, JumpDynamics, Living, MetropolisSampler
-from mlff_openmm.kstep.hybrid import hybrid_integrator
+from mlff_openmm.kstep.hybrid import multiple_time_steps
 from mlff_openmm.kstep.prepare import Prepared, prepared_in
-from mlff_openmm.kstep.samples import Samples, TrueForces, load_true
-from mlff_openmm.kstep.simulate import velocity_verlet
+from mlff_openmm.kstep.samples import Samples, load_true
+from mlff_openmm.kstep.simulations import Recipe, Simulation, needs_jump, needs_student
 
-HYDROGEN_MASS = 3.024  # amu, after repartitioning: three times its own
-JITTER = 0.2  # of the lengths of variant D: no resonance with a period
 REFERENCE = "reference"
 
 
@@ -55,6 +57,7 @@ def run(
     *,
     student: Path | None = None,
     jumps: Sequence[Path] = (),
+    processes: int = 1,
     overwrite: bool = False,
     progress: bool = True,
 ) -> list[Path]:
@@ -66,8 +69,9 @@ def run(
         prepared: what `mlff_openmm.kstep.prepare.prepare` made.
         config: variants, lengths, starts.
         out: folder of the NPZ files.
-        student: artifact, for variants C and D.
-        jumps: artifacts of jumps, for variants A; chosen by their k.
+        student: artifact, for variants C and D and the student alone.
+        jumps: artifacts of jumps, for variants A and jumps alone; chosen by their k.
+        processes: how many simulations at a time.
         overwrite: make anew what was made with other settings.
 
     Raises:
@@ -75,23 +79,43 @@ def run(
         DataError: nothing prepared.
     """
     models = _models(config, student, jumps)
-    found = []
+    reference = Variant(kind="verlet", name=REFERENCE, length_ps=config.reference_ps)
+    runs = []
     for molecule in prepared_in(prepared):
         starts = _Starts(molecule, config, out / molecule.name / "starts.npz", overwrite).positions_and_velocities()
-        true = TrueForces(molecule)
-        runs = [
-            _Run(molecule, config, variant, models.get(variant.name), replica, starts[replica], true)
-            for variant in (Variant(kind="verlet", name=REFERENCE), *config.variants)
-            for replica in range(config.replicas)
-        ]
-        with click.progressbar(runs, label=molecule.name, hidden=not progress, item_show_func=str) as bar:
-            found += [one.into(out / molecule.name, overwrite) for one in bar]
-    return found
+        for variant in (reference, *config.variants):
+            recipe = Recipe(molecule, config, variant, models.get(variant.name))
+            runs += [_Run(recipe, replica, starts[replica]) for replica in range(config.replicas)]
+    with click.progressbar(length=len(runs), label="runs", hidden=not progress, show_pos=True) as bar:
+        for _ in _all(runs, out, overwrite, processes):
+            bar.update(1)
+    return [one.file(out) for one in runs]
+
+
+def _all(runs: Sequence[_Run], out: Path, overwrite: bool, processes: int) -> Iterator[Path]:
+    if processes == 1:
+        yield from (one.into(out, overwrite) for one in runs)
+        return
+    # spawned: torch and OpenMM have threads, which do not survive a fork
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=_one_thread) as pool:
+        waiting = [pool.submit(one.into, out, overwrite) for one in runs]
+        try:
+            for done in as_completed(waiting):
+                yield done.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
 
 
 def _models(config: RunConfig, student: Path | None, jumps: Sequence[Path]) -> dict[str, Path]:
     """The artifact of each variant that needs one."""
-    from mlff_engines.artifact import inspect
+    from mlff_engines.manifest import inspect
 
     by_steps = {}
     for path in jumps:
@@ -101,11 +125,11 @@ def _models(config: RunConfig, student: Path | None, jumps: Sequence[Path]) -> d
         by_steps[manifest.jump.steps] = path
     chosen = {}
     for variant in config.variants:
-        if variant.kind in ("A1", "A2"):
+        if needs_jump(variant):
             if variant.k not in by_steps:
                 raise ConfigError(f"{variant.name}: no jump of {variant.k} steps; given are {sorted(by_steps)}")
             chosen[variant.name] = by_steps[variant.k]
-        elif variant.kind in ("C", "D"):
+        elif needs_student(variant):
             if student is None:
                 raise ConfigError(f"{variant.name} needs a student: --student student.pt")
             chosen[variant.name] = student
@@ -148,7 +172,8 @@ class _Starts:
         pdb, system = load_true(self.molecule)
         count_calls(system)
         seed = _seed(config, self.molecule.name, replica)
-        integrator = _langevin(config, config.dt_fs, seed)
+        step = 1e-3 * config.dt_fs
+        integrator = multiple_time_steps(step, [(0, 1)], config.temperature_K, config.friction_per_ps, seed)
         living = Living(system, [integrator], config.platform, pdb.positions)
         living.thermalise(config.temperature_K, np.random.default_rng(seed))
         try:
@@ -162,67 +187,61 @@ class _Starts:
         return x / NM, v / VELOCITY
 
 
-def _langevin(config: RunConfig, dt_fs: float, seed: int) -> openmm.Integrator:
-    """BAOAB with velocities on step, in the same integrator as variant C."""
-    bath = config.temperature_K * unit.kelvin, config.friction_per_ps / unit.picosecond
-    integrator = openmm.MTSLangevinIntegrator(*bath, dt_fs * unit.femtosecond, [(0, 1)])
-    integrator.setRandomNumberSeed(seed)
-    return integrator
-
-
-class _Stepping(Living):
-    """A Context whose integrator's steps are macro-steps."""
-
-    def step(self, count: int = 1) -> None:
-        self.integrator.step(count)
-
-
 @dataclass(frozen=True)
 class _Run:
-    molecule: Prepared
-    config: RunConfig
-    variant: Variant
-    model: Path | None
+    recipe: Recipe
     replica: int
-    start: tuple[FloatArray, FloatArray]
-    true: TrueForces
+    begin: tuple[FloatArray, FloatArray]  # nm and nm/ps
 
-    def __str__(self) -> str:
-        return f"{self.variant.name} {self.replica}"
+    @property
+    def config(self) -> RunConfig:
+        return self.recipe.config
+
+    @property
+    def variant(self) -> Variant:
+        return self.recipe.variant
 
     @property
     def provenance(self) -> dict[str, Any]:
         """All that decides the frames."""
+        model = self.recipe.model
         return {
-            "molecule": self.molecule.name,
+            "molecule": self.recipe.molecule.name,
             "variant": self.variant.model_dump(),
             "replica": self.replica,
-            "settings": self.config.model_dump(exclude={"variants", "replicas"}),
-            "sha256": self.molecule.record["sha256"] | ({"model": sha256_of(self.model)} if self.model else {}),
+            "settings": self.config.model_dump(exclude={"variants", "replicas", "reference_ps", "dcd"}),
+            "sha256": self.recipe.molecule.record["sha256"] | ({"model": sha256_of(model)} if model else {}),
             "versions": {"openmm": openmm.__version__},
         }
 
-    def into(self, folder: Path, overwrite: bool) -> Path:
+    def file(self, out: Path) -> Path:
+        return out / self.recipe.molecule.name / f"{self.variant.name}_r{self.replica}.npz"
+
+    def into(self, out: Path, overwrite: bool) -> Path:
         """Run what is not yet there; see `run`."""
-        file = folder / f"{self.variant.name}_r{self.replica}.npz"
+        file = self.file(out)
         provenance = json.loads(json.dumps(self.provenance))
         if _is_made(file, provenance, overwrite):
             return file
-        thermal = self._sample(self.config.length_ps, thermostat=True)
+        config, variant = self.config, self.variant
+        thermal = self._sample(variant.length_ps or config.length_ps, thermostat=True)
+        alone = config.nve_ps if variant.nve_ps is None else variant.nve_ps
         free = None
-        if self.variant.kind != "D" and self.config.nve_ps and not thermal.problem:
-            free = self._sample(self.config.nve_ps, thermostat=False)
-        _, system = self._system()
+        if variant.kind != "D" and alone and not thermal.problem:
+            free = self._sample(alone, thermostat=False)
+        pdb, system = self.recipe.system()
         pairs = [system.getConstraintParameters(i) for i in range(system.getNumConstraints())]
         facts = {
-            "macro_step_fs": self.variant.macro_step(self.config.dt_fs),
-            "time_step_fs": self._time_step,
+            "macro_step_fs": config.macro_step(variant),
+            "time_step_fs": config.time_step(variant),
             "problem": thermal.problem or (free.problem if free else ""),
             "simulated_ps": thermal.simulated,
             "calls": thermal.calls,
             "seconds": thermal.seconds,
             "counts": thermal.counts,
         }
+        if config.dcd:
+            _write_dcd(file.with_suffix(".dcd"), pdb.topology, thermal)
         with replacing(file) as path:
             np.savez(
                 path,
@@ -231,46 +250,32 @@ class _Run:
                 vel=thermal.vel,
                 kick=thermal.kick,
                 Epot=thermal.potential,
+                slope=thermal.slope,
+                curvature=thermal.curvature,
                 nve_time=free.time if free else np.zeros(0),
                 nve_Etot=free.potential + free.kinetic if free else np.zeros(0),
-                numbers=self._numbers,
-                masses=_masses(system),
+                numbers=np.array([atom.element.atomic_number for atom in pdb.topology.atoms()]),
+                masses=np.array([system.getParticleMass(i)._value for i in range(system.getNumParticles())]),
                 constraints=np.array([(i, j) for i, j, _ in pairs], dtype=np.int64).reshape(-1, 2),
                 constraint_lengths=np.array([length._value for _, _, length in pairs]),
                 metadata=json.dumps(provenance | facts),
             )
         return file
 
-    @property
-    def _time_step(self) -> float:
-        """fs, of the innermost steps."""
-        variant = self.variant
-        if variant.kind in ("C", "D"):
-            return self.config.inner_step_fs
-        return variant.dt_fs or self.config.dt_fs
-
-    @property
-    def _numbers(self) -> Any:
-        return np.array([atom.element.atomic_number for atom in self._system()[0].topology.atoms()])
-
-    def _system(self) -> tuple[app.PDBFile, openmm.System]:
-        pdb, system = load_true(self.molecule)
-        if self.variant.kind == "hmr":
-            repartition(system, pdb.topology)
-        return pdb, system
-
     def _sample(self, length: float, *, thermostat: bool) -> Samples:
-        samples = Samples(len(self.start[0]))
+        config, recipe = self.config, self.recipe
+        samples = Samples(len(self.begin[0]))
+        seed = _seed(config, recipe.molecule.name, self.variant.name, self.replica, int(thermostat))
         try:
-            simulation = self._simulation(thermostat)
+            simulation = recipe.start(*self.begin, seed, thermostat=thermostat)
         except ConfigError as error:
-            if self.variant.kind != "C":
+            if self.variant.kind not in ("C", "mts"):
                 raise
             samples.problem = f"refused: {error}"
             return samples
-        setup = dict(simulation.meter.by_purpose)
-        macro = 1e-3 * self.variant.macro_step(self.config.dt_fs)
-        every = max(1, round(1e-3 * self.config.sample_fs / macro))
+        setup = simulation.meter.calls
+        macro = recipe.macro_step
+        every = max(1, round(1e-3 * config.sample_fs / macro))
         begun = time.perf_counter()
         try:
             for n in range(max(1, round(length / (macro * every)))):
@@ -282,94 +287,26 @@ class _Run:
         except (SimulationError, openmm.OpenMMException) as error:
             samples.problem = f"failed after {samples.simulated:.3g} ps: {error}"
         samples.seconds = time.perf_counter() - begun
-        samples.calls = {
-            "marginal": sum(simulation.meter.by_purpose.values()) - sum(setup.values()),
-            "all": sum(simulation.meter.by_purpose.values()),
-        }
-        if isinstance(simulation, JumpDynamics):
-            samples.counts = {"fallbacks": simulation.counts.fallbacks, "clamp_hits": simulation.counts.clamp_hits}
-        if isinstance(simulation, MetropolisSampler):
-            samples.counts = {"proposals": simulation.proposals.made, "accepted": simulation.proposals.accepted}
-        self._energies(samples, simulation)
+        samples.calls = {"marginal": simulation.meter.calls - setup, "all": simulation.meter.calls}
+        samples.counts = _counts(simulation)
+        samples.evaluate(recipe, simulation, thermostat=thermostat)
         return samples
 
-    def _simulation(self, thermostat: bool) -> JumpDynamics | MetropolisSampler | _Stepping:
-        config, variant, (x, v) = self.config, self.variant, self.start
-        seed = _seed(config, self.molecule.name, variant.name, self.replica, int(thermostat))
-        kelvin = config.temperature_K if thermostat else None
-        friction = config.friction_per_ps if thermostat else None
-        pdb, system = self._system()
-        simulation: JumpDynamics | MetropolisSampler | _Stepping
-        if variant.kind in ("verlet", "hmr"):
-            count_calls(system)
-            dt = self._time_step
-            integrator = _langevin(config, dt, seed) if thermostat else velocity_verlet(1e-3 * dt)
-            simulation = _Stepping(system, [integrator], config.platform, x)
-        elif variant.kind in ("A1", "A2"):
-            assert self.model is not None
-            assert variant.k is not None
-            simulation = JumpDynamics(
-                pdb.topology, system, self.model, positions=x, steps=variant.k, dt=1e-3 * config.dt_fs,
-                corrector=variant.kind, temperature=kelvin, friction=friction, seed=seed, platform=config.platform,
-            )  # fmt: skip
-        else:
-            from openmmml import MLPotential
 
-            # outside its data a student is corrected or rejected, and the gates tell: no warning for every step
-            potential = MLPotential(
-                "mlff", model=str(self.model), corrector=str(self.molecule.system), outside="ignore"
-            )
-            mixed = potential.createSystem(pdb.topology, removeCMMotion=False)
-            if variant.kind == "C":
-                integrator = hybrid_integrator(
-                    mixed, 1e-3 * variant.macro_step(config.dt_fs), 1e-3 * config.inner_step_fs,
-                    positions=pdb.getPositions(asNumpy=True), temperature=kelvin,
-                    friction=config.friction_per_ps, seed=seed, allow_unsafe=variant.allow_unsafe,
-                )  # fmt: skip
-                simulation = _Stepping(mixed, [integrator], config.platform, x)
-            else:
-                steps = round(variant.macro_step(config.dt_fs) / config.inner_step_fs)
-                return MetropolisSampler(
-                    mixed, positions=x, dt=1e-3 * config.inner_step_fs, steps=steps, jitter=JITTER, seed=seed,
-                    temperature=config.temperature_K, platform=config.platform,
-                )  # fmt: skip
-        if variant.kind == "hmr":  # the velocities of the start are those of other masses
-            simulation.thermalise(config.temperature_K, np.random.default_rng(seed))
-        else:
-            simulation.put(x * NM, v * VELOCITY)
-        return simulation
-
-    def _energies(self, samples: Samples, simulation: Living) -> None:
-        """True energies of the frames, and the kick of the first half time step."""
-        particles, inverse = simulation.particles, 1 / simulation.particles.masses[:, None]
-        half = 0.5e-3 * self._time_step
-        outer = 0.5e-3 * self.variant.macro_step(self.config.dt_fs)
-        for x, v in zip(samples.pos, samples.vel, strict=True):
-            potential, forces = self.true(x)
-            impulse = half * forces
-            if self.variant.kind == "C":
-                simulation.context.setPositions(x)
-                of_student = simulation.context.getState(forces=True, groups={STUDENT_GROUP})
-                student = of_student.getForces(asNumpy=True)._value
-                impulse = half * student + outer * (forces - student)
-            samples.kicks.append(particles.tangent(x * NM, impulse * inverse))
-            samples.potentials.append(potential)
-            samples.kinetics.append(0.5 * float((v**2 / inverse).sum()))
+def _counts(simulation: Simulation) -> dict[str, int]:
+    if isinstance(simulation, JumpDynamics):
+        return {"fallbacks": simulation.counts.fallbacks, "clamp_hits": simulation.counts.clamp_hits}
+    if isinstance(simulation, MetropolisSampler):
+        return {"proposals": simulation.proposals.made, "accepted": simulation.proposals.accepted}
+    return {}
 
 
-def repartition(system: openmm.System, topology: app.Topology, mass: float = HYDROGEN_MASS) -> None:
-    """Make hydrogens `mass` amu heavy, at the cost of what they are bound to; rigid bonds as before."""
-    for one, two in topology.bonds():
-        light, heavy = (one, two) if one.element is app.element.hydrogen else (two, one)
-        if light.element is not app.element.hydrogen or heavy.element is app.element.hydrogen:
-            continue
-        added = mass - system.getParticleMass(light.index)._value
-        system.setParticleMass(light.index, mass)
-        system.setParticleMass(heavy.index, system.getParticleMass(heavy.index)._value - added)
-
-
-def _masses(system: openmm.System) -> FloatArray:
-    return np.array([system.getParticleMass(i)._value for i in range(system.getNumParticles())])
+def _write_dcd(file: Path, topology: app.Topology, samples: Samples) -> None:
+    interval = samples.times[0] if samples.times else 1.0
+    with replacing(file) as path, path.open("wb") as stream:
+        dcd = app.DCDFile(stream, topology, interval * unit.picosecond)
+        for x in samples.xs:
+            dcd.writeModel(x * unit.nanometer)
 
 
 def _is_made(file: Path, provenance: Mapping[str, Any], overwrite: bool) -> bool:

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 import openmm
 from openmm import app
 
+from mlff_engines.errors import SimulationError
+from mlff_engines.kstep.temperature import configurational
 from mlff_engines.structure import FloatArray
+from mlff_engines.units import length_unit
+from mlff_openmm.kstep.corrector import STUDENT_GROUP
 from mlff_openmm.kstep.prepare import Prepared
+
+if TYPE_CHECKING:
+    from mlff_openmm.kstep.simulations import Recipe, Simulation
+
+NM = length_unit("nm")  # Å
+PROBE = 5e-4  # nm, of finite differences
+
+_contexts: dict[str, openmm.Context] = {}  # one for all runs of a molecule: it takes longer to make than a short run
 
 
 def load_true(molecule: Prepared) -> tuple[app.PDBFile, openmm.System]:
@@ -22,17 +35,17 @@ def load_true(molecule: Prepared) -> tuple[app.PDBFile, openmm.System]:
 
 
 class TrueForces:
-    """Of frames, afterwards; one Context for all runs of a molecule, for it takes longer to make than a short run."""
+    """Of frames, afterwards, and not counted."""
 
     def __init__(self, molecule: Prepared) -> None:
-        self._molecule = molecule
-        self._context: openmm.Context | None = None
+        key = molecule.record["sha256"]["system"]
+        if key not in _contexts:
+            platform = openmm.Platform.getPlatform("Reference")
+            _contexts[key] = openmm.Context(load_true(molecule)[1], openmm.VerletIntegrator(0.0), platform)
+        self._context = _contexts[key]
 
     def __call__(self, x: FloatArray) -> tuple[float, FloatArray]:
         """kJ/mol and (N, 3) kJ/mol/nm at `x` in nm."""
-        if self._context is None:
-            platform = openmm.Platform.getPlatform("Reference")
-            self._context = openmm.Context(load_true(self._molecule)[1], openmm.VerletIntegrator(0.0), platform)
         self._context.setPositions(x)
         state = self._context.getState(energy=True, forces=True)
         return state.getPotentialEnergy()._value, state.getForces(asNumpy=True)._value
@@ -47,6 +60,7 @@ class Samples:
         self.xs: list[FloatArray] = []
         self.vs: list[FloatArray] = []
         self.kicks: list[FloatArray] = []
+        self.temperatures: list[tuple[float, float]] = []
         self.potentials: list[float] = []
         self.kinetics: list[float] = []
         self.problem, self.seconds = "", 0.0
@@ -59,6 +73,30 @@ class Samples:
         self.xs.append(x)
         self.vs.append(v)
 
+    def evaluate(self, recipe: Recipe, simulation: Simulation, *, thermostat: bool) -> None:
+        """True energies of the frames; with a thermostat, kicks and what the configurational temperature needs."""
+        true, particles, rng = TrueForces(recipe.molecule), simulation.particles, np.random.default_rng(0)
+        inverse, half = 1 / particles.masses[:, None], 0.5e-3 * recipe.config.time_step(recipe.variant)
+        for x, v in zip(self.xs, self.vs, strict=True):
+            potential, forces = true(x)
+            self.potentials.append(potential)
+            self.kinetics.append(0.5 * float((v**2 / inverse).sum()))
+            if not thermostat:
+                continue
+            impulse = half * forces
+            if recipe.variant.kind in ("C", "student"):
+                simulation.context.setPositions(x)
+                of_student = simulation.context.getState(forces=True, groups={STUDENT_GROUP})
+                student = of_student.getForces(asNumpy=True)._value
+                outer = 0.5 * recipe.macro_step if recipe.variant.kind == "C" else 0.0
+                impulse = half * student + outer * (forces - student)
+            self.kicks.append(particles.tangent(x * NM, impulse * inverse))
+            try:
+                found = configurational(particles, lambda y: true(y)[1], x, forces, PROBE, rng)
+            except SimulationError:  # constraints that fell apart
+                found = np.nan, np.nan
+            self.temperatures.append(found)
+
     @property
     def simulated(self) -> float:
         """ps."""
@@ -68,5 +106,7 @@ class Samples:
     pos = property(lambda self: np.array(self.xs).reshape(-1, *self._shape[1:]))
     vel = property(lambda self: np.array(self.vs).reshape(-1, *self._shape[1:]))
     kick = property(lambda self: np.array(self.kicks).reshape(-1, *self._shape[1:]))
+    slope = property(lambda self: np.array(self.temperatures).reshape(-1, 2)[:, 0])
+    curvature = property(lambda self: np.array(self.temperatures).reshape(-1, 2)[:, 1])
     potential = property(lambda self: np.array(self.potentials))
     kinetic = property(lambda self: np.array(self.kinetics))

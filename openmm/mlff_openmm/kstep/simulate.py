@@ -19,7 +19,8 @@ The arrays of ``NAME_TEMPERATUREK.npz``, units of OpenMM, T frames of N atoms:
 
 A pair for k steps is two frames of one `segment` whose `step` differs by k. Segments are velocity Verlet (RATTLE'd) at
 the time step of the thermostatted run, started from it: bursts sample the canonical distribution densely and short,
-windows show the conservation of energy. Neither disturbs the thermostatted run, which goes on from where it was.
+windows show the conservation of energy. Frames of displaced atoms, segments of their own, teach a force field how
+stiff a molecule is. After each of them the thermostatted run goes on from where it was.
 
 `LangevinMiddleIntegrator` keeps velocities half a step behind its positions; half a kick brings them on step, for it is
 BAOAB read from another point of its cycle (Zhang et al., J. Phys. Chem. A 123, 6056 (2019)).
@@ -167,13 +168,18 @@ class Run:
         """Langevin dynamics with bursts, then a window: frames of the constant-energy segments."""
         config = self.config
         steps = self._steps(1e3 * config.length_ns / self.cycles)
-        stride = max(1, self._steps(config.burst_interval_ps)) if config.burst_steps else steps
-        segment = cycle * (-(-steps // stride) + 1)
+        displaced = bool(config.displaced_nm)
+        stride = max(1, self._steps(config.burst_interval_ps)) if config.burst_steps or displaced else steps
+        segment = cycle * ((1 + displaced) * -(-steps // stride) + 1)
+        rng = np.random.default_rng(self._seed(cycle))
         for begun in range(0, steps, stride):
             engine.langevin(min(stride, steps - begun))
             if config.burst_steps:
                 for frame in engine.constant_energy(config.burst_steps):
                     yield frame | {"segment": segment, "window": False}
+                segment += 1
+            if displaced:
+                yield engine.displaced(config.displaced_nm, rng) | {"segment": segment, "window": False}
                 segment += 1
         window = self._steps(config.nve_window_ps)
         if window:
@@ -281,6 +287,15 @@ class _Engine:
                 self._integrator.step(every)
             yield self._frame(step)
         self.restore(before)
+
+    def displaced(self, width: float, rng: np.random.Generator) -> dict[str, Any]:
+        """A frame with positions off by `width` nm in each direction, constraints met."""
+        before = self.state()
+        self._context.setPositions(before[0] + rng.normal(0, width, before[0].shape))
+        self._context.applyConstraints(self._tolerance)
+        frame = self._frame(0)
+        self.restore(before)
+        return frame
 
     def _frame(self, step: int) -> dict[str, Any]:
         state = self._context.getState(positions=True, velocities=True, forces=self._config.save_forces, energy=True)

@@ -49,12 +49,12 @@ def train(data: Path, model: Path, train_file: Path, split_by: Literal["molecule
 
 
 @click.command()
-@click.argument("trajectories", type=path_argument)
+@click.argument("trajectories", type=path_argument, nargs=-1, required=True)
 @click.argument("config", type=path_argument)
 @output_option
 @keys_option(TrajectoryStudentConfig)
-def student(trajectories: Path, config: Path, out: Path) -> None:
-    """Train a force field on the frames in TRAJECTORIES, for variants C and D; the same command goes on."""
-    files = sorted(trajectories.glob("*.npz"))
+def student(trajectories: tuple[Path, ...], config: Path, out: Path) -> None:
+    """Train a force field on the frames in the folders TRAJECTORIES, for variants C and D; the same command goes on."""
+    files = [path for folder in trajectories for path in sorted(folder.glob("*.npz"))]
     artifact = train_trajectory_student(files, load_yaml(TrajectoryStudentConfig, config), out)
     click.echo(f"{artifact}: run it with mlff kstep run --student {artifact}")

@@ -14,10 +14,12 @@ from mlff_engines.units import length_unit
 class JumpModelConfig(Config):
     """A file for `mlff kstep train --model`."""
 
-    arch: Literal["painn"] = Field("painn", description="encoder, of mlff_engines.models")
+    arch: Literal["painn", "torchmdnet_et"] = Field(
+        "painn", description="encoder: PaiNN, or the equivariant transformer of TorchMD-Net, which must be installed"
+    )
     hidden_channels: int = Field(64, ge=2, description="scalar and vector features of the encoder")
-    num_layers: int = Field(3, ge=1, description="message and update blocks")
-    num_heads: int = Field(8, ge=1, description="attention heads; read by no encoder of this release")
+    num_layers: int = Field(3, ge=1, description="message and update blocks, or attention layers")
+    num_heads: int = Field(8, ge=1, description="attention heads, of torchmdnet_et; a divisor of hidden_channels")
     cutoff_nm: float = Field(0.5, gt=0, description="interaction cutoff")
     rbf_size: int = Field(20, ge=2, description="radial basis functions")
     vec_channels: int = Field(32, ge=1, description="channels of the vector heads")
@@ -31,6 +33,8 @@ class JumpModelConfig(Config):
         """The same in the units and words of the core."""
         nm = length_unit("nm")
         return JumpConfig(
+            arch="painn_jump" if self.arch == "painn" else "torchmdnet_et_jump",
+            heads=self.num_heads,
             features=self.hidden_channels,
             interactions=self.num_layers,
             cutoff=self.cutoff_nm * nm,

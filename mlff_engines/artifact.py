@@ -1,12 +1,7 @@
 """One artifact: a TorchScript file that carries its own description, hashes and golden vectors.
 
-Layout of `student.pt` (a zip archive, as `torch.jit.save` writes it):
-
-| entry               | content                                                                            |
-|---------------------|------------------------------------------------------------------------------------|
-| `code/`, `data.pkl` | the scripted `Potential` or `Ensemble`; its contract stands in `mlff_engines.graph` |
-| `extra/golden.json` | small structures with what the eager float64 model says of them                    |
-| `extra/mlff.json`   | the `Manifest`; its `sha256` covers all the rest of the archive                    |
+`student.pt`, as `torch.jit.save` writes it, is the scripted `Potential` or `Ensemble` under the contract of
+`mlff_engines.graph`, with the entries of `mlff_engines.manifest` beside it.
 
 A TorchScript file is a program. The manifest is read, and every hash checked, before any of it is executed.
 This is the only file of the project that names `torch.jit`.
@@ -14,156 +9,47 @@ This is the only file of the project that names `torch.jit`.
 
 from __future__ import annotations
 
-import hashlib
+import copy
 import json
 import os
 import warnings
-import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
 import torch
-from pydantic import Field
 from torch import nn
 
-from mlff_engines.checkpoint import Domain, StructureRecord, set_dtype
-from mlff_engines.config import Config, parse
-from mlff_engines.errors import ArtifactError, ConfigError, KernelWarning, MissingEngineError, suggest
+from mlff_engines.checkpoint import set_dtype
+from mlff_engines.compilation import Compiled, build, place, require_intact
+from mlff_engines.cudagraphs import CapturedPotential
+from mlff_engines.errors import ArtifactError, KernelWarning, MissingEngineError, suggest
 from mlff_engines.evaluator import Evaluator
 from mlff_engines.files import replacing
 from mlff_engines.graph import Graph
 from mlff_engines.kernels import FUSED, available, fuse, load_operators, memory
-from mlff_engines.models.jump import JumpTerms
+from mlff_engines.manifest import DTYPES, GOLDEN, TOLERANCE, Dtype, Golden, GoldenJump, Kernel, Manifest, read, seal
 from mlff_engines.models.registry import build_model, model_config
 from mlff_engines.potential import Ensemble, Potential
-from mlff_engines.structure import FloatArray, Result, Structure
 
-SCHEMA = 1
-MANIFEST = "mlff.json"
-GOLDEN = "golden.json"
-Dtype = Literal["float32", "float64"]
-Kernel = Literal["torch", "fused"]
-KERNELS = ("auto", "torch", "fused")
-DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "float64": torch.float64}
-TOLERANCE: dict[Dtype, float] = {
-    "float32": 5e-5,
-    "float64": 1e-10,
-}  # eV per atom, eV/Å and eV per atom; docs/conformance.md, S1
-
-
-class Units(Config):
-    """Units of everything that enters and leaves the artifact."""
-
-    length: Literal["Angstrom"]
-    energy: Literal["eV"]
-
-
-class Manifest(Config):
-    """What an artifact says of itself."""
-
-    schema_version: int
-    kind: Literal["potential", "jump"] = "potential"
-    jump: JumpTerms | None = Field(None, description="what a jump is tied to; absent for a potential")
-    architecture: str
-    models: list[dict[str, Any]] = Field(min_length=1, description="hyper-parameters, one entry per member")
-    units: Units
-    dtype: Dtype
-    cutoff: float = Field(gt=0, description="Å")
-    layers: int = Field(ge=1, description="message-passing steps; interaction range = layers x cutoff")
-    takes_charge: bool
-    takes_spin: bool
-    outputs: list[str] = Field(description="of mlff_engines.graph.OUTPUTS")
-    domain: Domain
-    e0: dict[str, float] = Field(description="energy of the isolated atom per element, eV")
-    training: list[dict[str, Any]] = Field(description="provenance, one entry per member")
-    weights_sha256: list[str] = Field(description="of the checkpoint of each member")
-    bytes_per_edge: float | None = Field(None, description="memory of one evaluation in plain torch")
-    kernel: Kernel = Field("torch", description="whether the program calls an operator of mlff_engines.kernels")
-    torch_version: str
-    sha256: str = Field("", description="of all else in the archive")
-
-    def content(self) -> dict[str, Any]:
-        """As plain values; that of a potential does not speak of jumps, so that older versions can read it."""
-        return self.model_dump(mode="json", exclude={"jump"} if self.jump is None else None)
-
-    @property
-    def members(self) -> int:
-        """1, or the size of the ensemble."""
-        return len(self.models)
-
-    @property
-    def architectures(self) -> list[str]:
-        """Of each member."""
-        return [model["arch"] for model in self.models]
-
-
-class Golden(StructureRecord):
-    """A structure and what the eager float64 model said of it."""
-
-    name: str
-    energy: float
-    forces: list[list[float]]
-    virial: list[list[float]]
-
-    @classmethod
-    def record(cls, name: str, structure: Structure, result: Result) -> Golden:
-        """Make one from an evaluation."""
-        return cls(
-            **StructureRecord.of(structure).model_dump(),
-            name=name,
-            energy=result.energy,
-            forces=result.forces.tolist(),
-            virial=result.virial.tolist(),
-        )
-
-    def deviation(self, result: Result) -> dict[str, float]:
-        """Differences of energy (eV/atom), forces (eV/Å) and virial (eV/atom).
-
-        Forces and virials above 1 eV/Å or 1 eV/atom are compared relative to the largest: golden structures may lie
-        far outside the trained range.
-        """
-        atoms = max(len(self.numbers), 1)
-        forces, virial = np.reshape(self.forces, (-1, 3)), np.array(self.virial) / atoms
-        scale = max(1.0, float(np.abs(forces).max(initial=0.0)), float(np.abs(virial).max()))
-        return {
-            "energy": abs(result.energy - self.energy) / atoms / scale,
-            "forces": float(np.abs(result.forces - forces).max(initial=0.0)) / scale,
-            "virial": float(np.abs(result.virial / atoms - virial).max()) / scale,
-        }
-
-
-class GoldenJump(StructureRecord):
-    """A structure that moves, and the jump that the eager float64 model makes of it."""
-
-    name: str
-    velocities: list[list[float]]
-    temperature: float
-    dx: list[list[float]]
-    dv: list[list[float]]
-
-    def deviation(self, dx: FloatArray, dv: FloatArray) -> dict[str, float]:
-        """Largest differences of dx and dv, relative to the largest dx and dv."""
-        pairs = {"dx": (dx, self.dx), "dv": (dv, self.dv)}
-        return {
-            name: float(np.abs(found - np.reshape(expected, (-1, 3))).max() / np.abs(expected).max())
-            for name, (found, expected) in pairs.items()
-        }
+Running = Literal["torch", "fused", "compiled"]
+KERNELS = ("auto", "torch", "fused", "compiled")
 
 
 class Artifact:
     """A loaded artifact. Make one with `load`.
 
     Attributes:
-        kernel: "fused" if `module` calls a kernel, "torch" if it is plain torch.
+        program: what the file holds, with the weights.
+        module: what runs: the program, or a form of it for this machine.
+        kernel: of `module`: "fused" if it calls a kernel, "compiled" if torch has compiled it, else "torch".
     """
 
-    def __init__(self, manifest: Manifest, golden: list[Golden], module: nn.Module, device: torch.device) -> None:
+    def __init__(self, manifest: Manifest, golden: list[Golden], program: nn.Module, device: torch.device) -> None:
         self.manifest = manifest
-        self.kernel: Kernel = manifest.kernel
+        self.kernel: Running = manifest.kernel
         self.golden = golden
-        self.module = module
+        self.program = self.module = program
         self.device = device
         self.dtype = DTYPES[manifest.dtype]
 
@@ -171,14 +57,14 @@ class Artifact:
         """Run the module under the contract of `mlff_engines.graph`."""
         return execute(self.module, graph)
 
-    def evaluator(self, *, skin: float = 0.5, outside: str = "warn") -> Evaluator:
+    def evaluator(self, *, skin: float = 1.0, outside: str = "warn") -> Evaluator:
         """A new `Evaluator` of this artifact, with a neighbour list of its own."""
         m = self.manifest
         per_edge, per_atom = m.bytes_per_edge, 0.0
         if self.kernel == "fused":
             per_edge, per_atom = max(memory(model, self.dtype) for model in m.models)
         return Evaluator(
-            self,
+            self.replayed(),
             m.domain,
             m.cutoff,
             takes_charge=m.takes_charge,
@@ -191,18 +77,28 @@ class Artifact:
             bytes_per_atom=per_atom,
         )
 
+    def replayed(self) -> Callable[[Graph], Graph]:
+        """This artifact for one caller that runs it again and again: on a GPU by CUDA graphs, in buffers of its own."""
+        on_gpu = self.device.type == "cuda" and self.kernel == "torch"
+        return CapturedPotential(self, self.manifest.cutoff) if on_gpu else self
+
     def eager(self) -> Potential | Ensemble:
         """The `Potential` or `Ensemble` as plain torch code in float64, with the weights of this artifact."""
         m = self.manifest
         members = [Potential(build_model(model_config(config), m.domain.elements, m.e0)) for config in m.models]
         potential: Potential | Ensemble = members[0] if len(members) == 1 else Ensemble(members)
         set_dtype(potential, torch.float64)
-        state = self.module.state_dict()  # a kernel's holds more
+        state = self.program.state_dict()  # a kernel's holds more
         potential.load_state_dict({name: state[name].cpu() for name in potential.state_dict()})
         return potential.eval()  # with the energies of isolated atoms in float64 too
 
-    def verify(self) -> dict[str, dict[str, float]]:
+    def verify(
+        self, advice: str = "Export the artifact again from its checkpoint on this machine"
+    ) -> dict[str, dict[str, float]]:
         """Replay the golden vectors; their deviations by name.
+
+        Args:
+            advice: what to do where they differ.
 
         Raises:
             ArtifactError: a deviation above the tolerance of the artifact's dtype, or no golden vectors.
@@ -218,7 +114,7 @@ class Artifact:
                     raise ArtifactError(
                         f"golden vector {name!r}: {quantity} off by {deviation:.3g}, allowed {tolerance:g} "
                         f"({self.manifest.dtype}, made with torch {self.manifest.torch_version}, running "
-                        f"{torch.__version__}). Export the artifact again from its checkpoint on this machine"
+                        f"{torch.__version__}). {advice}"
                     )
         return found
 
@@ -249,44 +145,31 @@ def save(path: Path, scripted: nn.Module, manifest: Manifest, golden: Sequence[G
     with replacing(path) as temporary:
         with _no_deprecation():
             torch.jit.save(scripted, str(temporary), _extra_files=extra)
-        with zipfile.ZipFile(temporary, "a") as archive:
-            digest = _digest(archive, manifest.content())
-            manifest = manifest.model_copy(update={"sha256": digest})
-            root = archive.namelist()[0].split("/")[0]
-            archive.writestr(f"{root}/extra/{MANIFEST}", json.dumps(manifest.content(), indent=1))
-    return manifest
+        return seal(temporary, manifest)
 
 
-def recast(
-    path: Path, out: Path, dtype: Dtype | None = None, kernel: Kernel = "torch", *, overwrite: bool = False
-) -> Artifact:
-    """Write the artifact at `path` in another dtype, or for another kernel: for engines that take a program as it is.
+def recast(loaded: Artifact, out: Path, *, overwrite: bool = False) -> Manifest:
+    """Write `loaded` in its present dtype and for its present kernel: for engines that take a program as it is.
 
-    Weights are those of `path`; so a float64 copy of a float32 artifact is that artifact without its rounding.
+    The weights stay those of the original; so a float64 copy of a float32 artifact is that artifact without its
+    rounding. Of a compiled one, the plain form is written.
 
     Raises:
-        ArtifactError: as `load`; also if `out` exists.
+        ArtifactError: `out` exists.
     """
     if out.exists() and not overwrite:
         raise ArtifactError(f"{out} exists; choose another name or pass --overwrite")
-    loaded = load(path, dtype=dtype, kernel=kernel)
-    dtype = dtype or loaded.manifest.dtype
-    golden = loaded.golden
-    if dtype != loaded.manifest.dtype:
+    golden, manifest = loaded.golden, loaded.manifest
+    if loaded.dtype != DTYPES[manifest.dtype]:
+        dtype = next(name for name, kind in DTYPES.items() if kind == loaded.dtype)
+        manifest = manifest.model_copy(update={"dtype": dtype})
         evaluate = loaded.evaluator(skin=0.0, outside="ignore")
         golden = [Golden.record(g.name, g.structure, evaluate(g.structure)) for g in golden]
-    module = loaded.module if isinstance(loaded.module, torch.jit.ScriptModule) else script(loaded.module)
-    save(out, module, loaded.manifest.model_copy(update={"dtype": dtype, "kernel": kernel}), golden)
-    return load(out, kernel=kernel)
-
-
-def inspect(path: Path | str) -> Manifest:
-    """The manifest, its hashes checked; nothing of the artifact is executed.
-
-    Raises:
-        ArtifactError: missing, truncated or altered file, another kind of file, or a newer schema.
-    """
-    return _read(Path(path))[0]
+    kernel: Kernel = "fused" if loaded.kernel == "fused" else "torch"
+    module = _potential(loaded, manifest.dtype) if loaded.kernel == "compiled" else loaded.module
+    if not isinstance(module, torch.jit.ScriptModule):
+        module = script(module)
+    return save(out, module, manifest.model_copy(update={"kernel": kernel}), golden)
 
 
 def load(
@@ -298,8 +181,9 @@ def load(
         path: the `.pt` file.
         device: where to run it.
         dtype: "float32" or "float64" in place of the artifact's own.
-        kernel: "fused" for the operators of `mlff_engines.kernels`, "torch" for plain torch, "auto" for whichever is
-            faster here; by default the environment variable MLFF_KERNEL, or "auto".
+        kernel: "fused" for the operators of `mlff_engines.kernels`; "compiled" for what torch itself compiles for this
+            machine, which takes a minute and is kept, see `mlff_engines.compilation`; "torch" for plain torch; "auto"
+            for the fastest of these that is there. By default the environment variable MLFF_KERNEL, or "auto".
 
     Raises:
         ArtifactError: as `inspect`; also a missing custom operator, an unavailable device or kernel, weights that do
@@ -309,7 +193,7 @@ def load(
     kernel = kernel or os.environ.get("MLFF_KERNEL") or "auto"
     if kernel not in KERNELS:
         raise ArtifactError(f"kernel {kernel!r}{suggest(kernel, KERNELS)}")
-    manifest, golden = _read(path)
+    manifest, golden = read(path)
     if manifest.kind != "potential":
         raise ArtifactError(f"{path} is a {manifest.kind}, not a potential: mlff_ase.KStepDynamics runs it")
     device = _device(device, dtype)
@@ -321,7 +205,10 @@ def load(
     artifact = Artifact(
         manifest, [g for g in golden if isinstance(g, Golden)], _program(path, manifest, device), device
     )
-    _choose(artifact, dtype or manifest.dtype, kernel)
+    try:
+        _choose(artifact, dtype or manifest.dtype, kernel)
+    except MissingEngineError as error:
+        raise ArtifactError(f"{path} has no compiled form here: {error}. Or use kernel='torch'") from None
     if _release(torch.__version__) != _release(manifest.torch_version):
         warnings.warn(
             f"{path} was made with torch {manifest.torch_version} and runs on {torch.__version__}: "
@@ -340,7 +227,7 @@ def load_jump(
     Raises:
         ArtifactError: as `load`; also another kind of artifact.
     """
-    manifest, golden = _read(path)
+    manifest, golden = read(path)
     if manifest.kind != "jump":
         raise ArtifactError(f"{path} is a {manifest.kind}, not a jump")
     device = _device(device, dtype)
@@ -384,93 +271,62 @@ def _choose(artifact: Artifact, dtype: Dtype, kernel: str) -> None:
     if kernel == "fused" and (missing or not on_cpu):
         what = f"architecture {', '.join(missing)}" if missing else f"device {artifact.device}"
         raise ArtifactError(f"there is no fused kernel for {what}: use kernel='auto' or 'torch'")
-    wanted: Kernel = "fused" if kernel != "torch" and on_cpu and not missing and available() else "torch"
+    wanted: Running = "torch"
+    if kernel in ("auto", "fused") and on_cpu and not missing and available():
+        wanted = "fused"
+    elif kernel == "compiled" or (kernel == "auto" and _package(artifact, dtype).is_file()):  # never made unasked
+        wanted = "compiled"
     if manifest.kernel == "torch" and dtype != manifest.dtype:
-        _cast(artifact.module, dtype, manifest.dtype)
+        _cast(artifact.program, dtype, manifest.dtype)
         artifact.dtype = DTYPES[dtype]
         if dtype == "float64":  # isolated atoms were evaluated in float32
-            artifact.module.load_state_dict(artifact.eager().state_dict())
+            artifact.program.load_state_dict(artifact.eager().state_dict())
     if wanted == manifest.kernel and (wanted == "torch" or dtype == manifest.dtype):
         return
+    potential = _potential(artifact, dtype)
+    artifact.module, artifact.dtype, artifact.kernel = potential, DTYPES[dtype], "torch"
+    try:
+        if wanted == "fused":
+            artifact.module = fuse(potential, manifest.architectures)
+        elif wanted == "compiled":
+            artifact.module = _compiled(artifact, potential, dtype)
+        artifact.kernel = wanted
+    except (ArtifactError, MissingEngineError) as error:
+        if kernel == wanted:
+            raise
+        warnings.warn(f"{error}. Plain torch is used", KernelWarning, stacklevel=3)
+
+
+def _potential(artifact: Artifact, dtype: Dtype) -> Potential | Ensemble:
+    """Plain torch code in `dtype`, with the weights of `artifact`."""
     potential = artifact.eager()
     set_dtype(potential, DTYPES[dtype])
-    module = potential.eval().to(artifact.device)
-    if wanted == "fused":
-        try:
-            module = fuse(potential, manifest.architectures)
-        except ArtifactError as error:
-            if kernel == "fused":
-                raise
-            warnings.warn(f"{error}. Plain torch is used", KernelWarning, stacklevel=3)
-            wanted = "torch"
-    artifact.module, artifact.dtype, artifact.kernel = module, DTYPES[dtype], wanted
+    return potential.eval().to(artifact.device)
 
 
-def _read(path: Path) -> tuple[Manifest, list[Golden | GoldenJump]]:
-    if not path.exists():
-        raise ArtifactError(
-            f"no artifact at {path}; make one with: mlff-export CHECKPOINT -o {path.with_suffix('.pt').name}"
-        )
-    if path.is_dir() or path.suffix in {".safetensors", ".yaml"}:
-        folder = path if path.is_dir() else path.parent
-        raise ArtifactError(f"{path} is a checkpoint, not an artifact; export it: mlff-export {folder} -o student.pt")
-    try:
-        with path.open("rb") as file:
-            start = file.read(2)
-        archive = zipfile.ZipFile(path)
-    except OSError as error:
-        raise ArtifactError(f"cannot read {path}: {error.strerror}") from None
-    except zipfile.BadZipFile:
-        what = (
-            "is a truncated artifact" if start == b"PK" else "is a pickle" if start[:1] == b"\x80" else "is no artifact"
-        )
-        raise ArtifactError(
-            f"{path} {what} ({path.stat().st_size} bytes); copy it anew, or make it with: "
-            f"mlff-export CHECKPOINT -o {path.with_suffix('.pt').name}"
-        ) from None
-    with archive:
-        members = {name.split("/", 1)[-1]: name for name in archive.namelist()}
-        if f"extra/{MANIFEST}" not in members:
-            raise ArtifactError(
-                f"{path} has no manifest: it is a torch file made by another program. "
-                f"Export a checkpoint: mlff-export CHECKPOINT -o {path.with_suffix('.pt').name}"
-            )
-        try:
-            content = json.loads(archive.read(members[f"extra/{MANIFEST}"]))
-            if not isinstance(content, dict):
-                raise ValueError("its manifest is no JSON object")
-            version = content.get("schema_version")
-            if isinstance(version, int) and version > SCHEMA:
-                raise ArtifactError(
-                    f"{path} has schema version {version}; this mlff-engines reads up to {SCHEMA}: upgrade mlff-engines"
-                )
-            manifest = parse(Manifest, content, f"manifest of {path}")
-            digest = _digest(archive, content)
-            records = json.loads(archive.read(members[f"extra/{GOLDEN}"]))
-            recorded: type[Golden | GoldenJump] = Golden if manifest.jump is None else GoldenJump
-            golden = [recorded.model_validate(g) for g in records]
-        except ConfigError as error:
-            raise ArtifactError(f"{error}. Export the artifact again from its checkpoint") from None
-        except (zipfile.BadZipFile, KeyError, ValueError) as error:
-            raise ArtifactError(f"{path} is damaged ({error}); copy it anew or export it again") from None
-    if digest != manifest.sha256:
-        raise ArtifactError(
-            f"{path} was altered or damaged: SHA-256 of its content is {digest[:12]}..., its manifest says "
-            f"{manifest.sha256[:12]}.... It was not executed; copy it anew or export it again"
-        )
-    return manifest, golden
+def _package(artifact: Artifact, dtype: Dtype) -> Path:
+    return place(artifact.manifest.sha256, DTYPES[dtype], artifact.device)
 
 
-def _digest(archive: zipfile.ZipFile, manifest: Mapping[str, Any]) -> str:
-    """SHA-256 over name and content of every entry, and over the manifest less this hash."""
-    claims = {key: value for key, value in manifest.items() if key != "sha256"}
-    digest = hashlib.sha256(json.dumps(claims, sort_keys=True).encode())
-    for name in sorted(archive.namelist()):
-        if not name.endswith(f"/extra/{MANIFEST}"):
-            content = archive.read(name)
-            digest.update(f"{name.split('/', 1)[-1]}\0{len(content)}\0".encode())
-            digest.update(content)
-    return digest.hexdigest()
+def _compiled(artifact: Artifact, potential: nn.Module, dtype: Dtype) -> Compiled:
+    """The package of `artifact`, made from `potential` if need be; it reproduces the golden vectors.
+
+    Raises:
+        ArtifactError: it does not.
+        MissingEngineError: it cannot be made or loaded.
+    """
+    path, how = _package(artifact, dtype), (artifact.manifest.outputs, DTYPES[dtype], artifact.device)
+
+    def tried(package: Path) -> Compiled:
+        trial = copy.copy(artifact)
+        trial.module = module = Compiled(package, *how)
+        trial.verify(f"So {path} is not this artifact. Delete it if it is there, or use kernel='torch'")
+        return module
+
+    if not path.is_file():
+        build(path, potential, *how, check=tried)
+    require_intact(path)
+    return tried(path)
 
 
 def _explain_load_failure(path: Path, manifest: Manifest, error: RuntimeError) -> str:

@@ -18,7 +18,7 @@ from mlff_engines import __version__
 from mlff_engines.errors import MLFFError, suggest
 
 if TYPE_CHECKING:
-    from mlff_engines.artifact import Dtype, Kernel
+    from mlff_engines.manifest import Dtype, Kernel
     from mlff_engines.structure import Structure
     from mlff_engines.validation.builtin import System
     from mlff_engines.validation.run import Mode
@@ -47,6 +47,7 @@ KSTEP: dict[str, Place] = {
     "student": ("mlff_training.kstep.commands", "student", "train", "Train a force field on the same trajectories."),
     "run": ("mlff_openmm.kstep.commands", "run", "kstep", "All variants and baselines from the same starts."),
     "evaluate": ("mlff_engines.validation.reports.large_steps", "evaluate", "validation", "Judge these runs."),
+    "ladder": ("mlff_engines.kstep.ladder", "ladder", "kstep", "Longer jumps, as long as nothing gets worse."),
     "pipeline": ("mlff_engines.kstep.pipeline", "pipeline", "kstep", "All of these, as one file says."),
 }
 
@@ -131,7 +132,7 @@ for _group, _places in ((mlff, ELSEWHERE), (kstep, KSTEP)):
 @click.option("--json", "as_json", is_flag=True, help="Print the whole manifest as JSON.")
 def inspect_artifact(artifact: Path, as_json: bool) -> None:
     """Say what ARTIFACT is, checking its hashes; nothing of it is executed."""
-    from mlff_engines.artifact import inspect
+    from mlff_engines.manifest import inspect
 
     manifest = inspect(artifact)
     if as_json:
@@ -173,8 +174,9 @@ def _training_line(training: dict[str, Any]) -> str:
 @click.option("--device", default="cpu", show_default=True)
 def verify(artifact: Path, device: str) -> None:
     """Replay ARTIFACT's golden vectors here: the same energies, forces and virials as where it was made."""
-    from mlff_engines.artifact import inspect, load
+    from mlff_engines.artifact import load
     from mlff_engines.kstep.learned import LearnedJump
+    from mlff_engines.manifest import inspect
 
     jump = inspect(artifact).kind == "jump"
     loaded = LearnedJump.load(artifact, device) if jump else load(artifact, device)
@@ -294,7 +296,7 @@ def _read_structures(path: Path, option: str) -> list[Structure]:
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("checkpoints", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The artifact to write.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="The artifact to write.")
 @click.option(
     "--dtype", type=click.Choice(["float32", "float64"]), help="Default: float32, or that of the artifact given."
 )
@@ -307,6 +309,12 @@ def _read_structures(path: Path, option: str) -> list[Structure]:
     show_default=True,
     help="fused: the program itself names the fused operator, for engines that load it without Python.",
 )
+@click.option(
+    "--compile",
+    "compiling",
+    is_flag=True,
+    help="Also compile it with torch for this machine, into the cache, for MLFF_KERNEL=compiled: a minute.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace an existing artifact.")
 @click.option(
     "--engine",
@@ -315,11 +323,12 @@ def _read_structures(path: Path, option: str) -> list[Structure]:
 )
 def mlff_export(
     checkpoints: tuple[Path, ...],
-    out: Path,
+    out: Path | None,
     dtype: Dtype | None,
     device: str,
     check: Path | None,
     kernel: Kernel,
+    compiling: bool,
     overwrite: bool,
     engine: str | None,
 ) -> None:
@@ -328,14 +337,21 @@ def mlff_export(
     Several CHECKPOINTS become an ensemble with uncertainties. Every engine runs the artifact as it is, except LAMMPS'
     `pair_style mliap unified`, which loads a file made with --engine lammps-mliap.
 
-    An artifact in place of CHECKPOINTS is written again, in another --dtype or for another --kernel.
+    An artifact in place of CHECKPOINTS is written again, in another --dtype or for another --kernel; without -o it is
+    only compiled, as --compile asks.
     """
-    from mlff_engines.artifact import inspect, recast
+    from mlff_engines.artifact import load, recast
     from mlff_engines.export import export_any
+    from mlff_engines.manifest import inspect
 
     structures = [] if check is None else _read_structures(check, "--check")
-    artifact = out if engine is None else out.with_suffix(".pt")
     given = checkpoints[0] if len(checkpoints) == 1 and checkpoints[0].is_file() else None
+    if out is None:
+        if given is None or not compiling or engine is not None:
+            raise click.UsageError("Missing option '-o' / '--out'.")
+        artifact = given
+    else:
+        artifact = out if engine is None else out.with_suffix(".pt")
     made = None
     if given is None:
         made = export_any(
@@ -347,14 +363,18 @@ def mlff_export(
             overwrite=overwrite,
             kernel=kernel,
         )
-    elif engine is None:
-        made = recast(given, artifact, dtype, kernel, overwrite=overwrite)
+    elif out is not None and engine is None:
+        recast(load(given, dtype=dtype, kernel=kernel), artifact, overwrite=overwrite)
+        made = load(artifact, kernel=kernel)
     else:
         artifact = given
     if made is not None:
         for name, deviations in made.verify().items():
             click.echo(f"{name:24s}" + "  ".join(f"{what} {value:.1e}" for what, value in deviations.items()))
         click.echo(f"{artifact}: {inspect(artifact).dtype}, as the float64 model on {len(made.golden)} structures")
+    if compiling:
+        found = load(artifact, device, dtype, kernel="compiled").verify()
+        click.echo(f"{artifact}: compiled for this machine, as the float64 model on {len(found)} structures")
     if engine is not None:
         importlib.import_module("mlff_lammps.mliap").write_mliap(artifact, out, overwrite=overwrite)
         click.echo(f"{out}: for pair_style mliap unified {out} 1; it names {artifact}, which must stay where it is")

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from mlff_engines import artifact
-from mlff_engines.artifact import DTYPES, SCHEMA, Artifact, Dtype, Golden, Kernel, Manifest, Units
+from mlff_engines.artifact import Artifact
 from mlff_engines.checkpoint import CheckpointConfig, Domain, load_checkpoint, read_checkpoint, set_dtype
 from mlff_engines.errors import ArtifactError
 from mlff_engines.evaluator import Evaluator
@@ -20,6 +20,7 @@ from mlff_engines.files import replacing
 from mlff_engines.graph import OUTPUTS
 from mlff_engines.kernels import FUSED, fuse, load_operators
 from mlff_engines.kstep.learned import LearnedJump, export_jump
+from mlff_engines.manifest import DTYPES, SCHEMA, Dtype, Golden, Kernel, Manifest, Units
 from mlff_engines.models.base import AtomicModel
 from mlff_engines.models.registry import model_config
 from mlff_engines.potential import Ensemble, Potential

@@ -67,9 +67,9 @@ class RarelyUpdatedList(VerletList):
 
     calls = 0
 
-    def _holds(self, structure: Structure) -> bool:
+    def _reach(self, structure: Structure) -> float:
         self.calls += 1
-        return self.calls % 25 != 1
+        return np.inf if self.calls % 25 != 1 else -1.0
 
 
 def rarely_updated_list(potential: Potential, claims: Claims) -> CoreEngine:

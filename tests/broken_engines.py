@@ -155,9 +155,9 @@ class NonConservative(nn.Module):
 class StaleList(VerletList):
     """The bug: built once per composition."""
 
-    def _holds(self, structure: Structure) -> bool:
+    def _reach(self, structure: Structure) -> float:
         old = self._reference
-        return old is not None and np.array_equal(old.numbers, structure.numbers)
+        return np.inf if old is not None and np.array_equal(old.numbers, structure.numbers) else -1.0
 
 
 class FilteredList(VerletList):

@@ -82,6 +82,17 @@ FAULTS = {
         "M5": "Ctrl-C: a final checkpoint",
         "M6": "missing engine or extra: the line that installs it; everything else works",
     },
+    "Large steps": {
+        "J1": "SMILES that cannot be parsed: the line, and why",
+        "J2": "no conformer can be embedded",
+        "J3": "missing parameters of a force field: the atoms are named",
+        "J4": "no pairs for k: which there could be",
+        "J5": "hash of a data set of pairs does not match",
+        "J6": "a jump for other masses, time step, number of steps or constraints",
+        "J7": "a jump that is not finite: the atom is named",
+        "J8": "constraints that cannot be met: the bond is named",
+        "J9": "a student or macro-step that no longer corrects anything: refused, with the largest safe step",
+    },
 }
 # no test is asked for until their part is in place
 NOT_LANDED: set[str] = set()

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from mlff_engines.artifact import Artifact, Dtype
+from mlff_engines.artifact import Artifact
 from mlff_engines.checkpoint import Domain, save_checkpoint
 from mlff_engines.export import export
+from mlff_engines.manifest import Dtype
 from mlff_engines.models.registry import build_model, model_config
 
 E0 = {"H": -13.6, "C": -1029.0, "O": -2041.0}

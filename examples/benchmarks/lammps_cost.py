@@ -23,8 +23,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mlff_engines.artifact import inspect, load, recast
+from mlff_engines.artifact import load, recast
 from mlff_engines.errors import MissingEngineError
+from mlff_engines.manifest import inspect
 from mlff_engines.validation.builtin import water_box
 from mlff_engines.validation.core_engine import CoreEngine
 from mlff_engines.validation.engine import Dynamics, thermal
@@ -111,9 +112,10 @@ def ways(artifact: Path, molecules: int, all_ranks: list[int], folder: Path) -> 
     manifest = inspect(artifact)
     reach = manifest.layers * manifest.cutoff + SKIN
     program = artifact
-    if load(artifact).kernel == "fused":
+    loaded = load(artifact)
+    if loaded.kernel == "fused":
         program = folder / "fused.pt"
-        recast(artifact, program, kernel="fused")
+        recast(loaded, program)
     write_mliap(artifact, folder / "student.mliap", overwrite=True)
     plugin = f'plugin load "{build_plugin(echo=print)}"\npair_style mlff "{program}" outside ignore'
     mliap = f'pair_style mliap unified "{folder / "student.mliap"}" 1\ncomm_modify cutoff {reach}'

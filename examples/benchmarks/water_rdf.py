@@ -24,8 +24,8 @@ import torch
 
 from mlff_ase.engine import ASEEngine
 from mlff_ase.structures import to_structure
-from mlff_engines.artifact import inspect
 from mlff_engines.files import replacing
+from mlff_engines.manifest import inspect
 from mlff_engines.structure import NUMBERS, FloatArray, Structure
 from mlff_engines.validation.engine import Dynamics, thermal
 from mlff_engines.validation.trajectories.observables import Frames, joined, rdf, read_frames

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from mlff_engines.artifact import Dtype, Kernel, inspect, load, recast
+from mlff_engines.artifact import Artifact, load, recast
 from mlff_engines.errors import SimulationError, StructureError
+from mlff_engines.manifest import Dtype, inspect
 from mlff_engines.structure import FloatArray, Result, Structure
 from mlff_engines.units import BAR
 from mlff_engines.validation.engine import Dynamics, Trajectory
@@ -59,7 +60,7 @@ class LAMMPSEngine:
         folder: Path,
         device: str = "cpu",
         dtype: Dtype | None = None,
-        skin: float = 0.5,
+        skin: float = 1.0,
         ranks: int = 1,
         processors: str = "* * *",
         settings: Sequence[str] = (),
@@ -182,19 +183,23 @@ class LAMMPSEngine:
     def _install(self) -> Installation:
         """The LAMMPS to run; what the pair style needs is made here, once."""
         self._plugin = build_plugin()
-        # the plug-in runs the program as it is
-        self._recast(load(self.artifact, self.device, self.dtype).kernel)
+        loaded = load(self.artifact, self.device, self.dtype)
+        if loaded.kernel == "compiled":
+            self._options = f"kernel compiled dtype {self.dtype}"
+        else:
+            self._recast(loaded)  # the plug-in runs the program as it is
+            self._options = "kernel auto"
         return stock()
 
-    def _recast(self, kernel: Kernel) -> None:
-        """From here on an artifact of the dtype asked for and `kernel`."""
-        if (self.dtype, kernel) != (self.manifest.dtype, self.manifest.kernel):
+    def _recast(self, loaded: Artifact) -> None:
+        """From here on an artifact of the dtype and kernel of `loaded`."""
+        if (self.dtype, loaded.kernel) != (self.manifest.dtype, self.manifest.kernel):
             made = self.folder / f"student-{self.dtype}.pt"
-            recast(self.artifact, made, self.dtype, kernel, overwrite=True)
+            recast(loaded, made, overwrite=True)
             self.artifact = made
 
     def _pair_commands(self, structure: Structure) -> list[str]:
-        options = f"device {self.device} charge {structure.charge!r} spin {structure.spin!r}"
+        options = f"{self._options} device {self.device} charge {structure.charge!r} spin {structure.spin!r}"
         return [f'plugin load "{self._plugin}"', f'pair_style mlff "{self.artifact}" {options} outside ignore']
 
     def _setup(
@@ -232,7 +237,8 @@ class LAMMPSMLIAPEngine(LAMMPSEngine):
 
     def _install(self) -> Installation:
         found = built()
-        self._recast(self.manifest.kernel)  # Python takes the kernel by itself
+        if self.dtype != self.manifest.dtype:  # the kernel Python takes by itself
+            self._recast(load(self.artifact, dtype=self.dtype, kernel=self.manifest.kernel))
         self.model = self.folder / "student.mliap"
         write_mliap(self.artifact, self.model, overwrite=True)
         return Installation(found.executable, {**found.environment, "MLFF_DEVICE": self.device})

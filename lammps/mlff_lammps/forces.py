@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mlff_engines.artifact import Artifact, inspect, load
+from mlff_engines.artifact import Artifact, load
 from mlff_engines.errors import ArtifactError, ConfigError, SimulationError
 from mlff_engines.evaluator import COINCIDENT
 from mlff_engines.graph import make_graph
+from mlff_engines.manifest import inspect
 from mlff_engines.structure import MASSES, NUMBERS, FloatArray
 from mlff_engines.units import KCAL_PER_MOL
 from mlff_lammps.exchange import LayerByLayer, synchronize

@@ -118,8 +118,8 @@ def write_mliap(artifact: Path, out: Path, *, overwrite: bool = False) -> None:
     Raises:
         ArtifactError: no or damaged artifact; `out` exists or is misnamed.
     """
-    from mlff_engines.artifact import inspect
     from mlff_engines.files import replacing
+    from mlff_engines.manifest import inspect
 
     if out.suffix in {".pt", ".pth"}:
         raise ArtifactError(

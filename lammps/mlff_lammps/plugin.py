@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch
 
-from mlff_engines import kernels, native
-from mlff_engines.artifact import SCHEMA
+from mlff_engines import compilation, kernels, native
 from mlff_engines.errors import MissingEngineError
 from mlff_engines.evaluator import COINCIDENT
 from mlff_engines.files import replacing
+from mlff_engines.manifest import SCHEMA
 from mlff_engines.structure import MASSES, SYMBOLS
 from mlff_engines.units import KCAL_PER_MOL
 
@@ -167,6 +167,7 @@ def _generated(date: str, library: Path) -> str:
     features = [
         name for name in native.processor()[1:] if re.match("avx|sse|ssse|fma|f16c|bmi|abm|movbe|sve|asimd", name)
     ]
+    packages = compilation.folder(torch.device("cpu")).relative_to(native.cache().parent)
     elements = ", ".join(f'{{"{symbol}", {mass!r}}}' for symbol, mass in zip(SYMBOLS, MASSES, strict=True))
     return f"""#include <array>
 namespace mlff {{
@@ -180,6 +181,8 @@ inline constexpr const char *LAMMPS_DATE = "{date}";
 inline constexpr std::array<const char *, {len(kernels.FUSED)}> FUSED{{{", ".join(map(_quoted, kernels.FUSED))}}};
 inline constexpr const char *KERNELS = {_quoted(str(library))};
 inline constexpr const char *FEATURES = {_quoted(" ".join(features))};
+// models compiled by torch, in the cache of whoever runs them
+inline constexpr const char *PACKAGES = {_quoted(str(packages))};
 }}
 """
 

@@ -8,8 +8,8 @@ from typing import Protocol
 
 import numpy as np
 
-from mlff_engines.artifact import Dtype
 from mlff_engines.errors import MLFFError
+from mlff_engines.manifest import Dtype
 from mlff_engines.structure import Result, Structure
 from mlff_engines.validation.result import NAMES, CheckResult, Claims, Verdict, Worst
 from mlff_engines.validation.static.symmetry import replicated

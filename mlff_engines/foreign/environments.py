@@ -47,8 +47,14 @@ ENVIRONMENTS: dict[str, Environment] = {
         ),
         bare=("schnetpack==2.1.1",),  # it wants sympy 1.12, with which no torch since 2.5 works
     ),
+    "torchmdnet": Environment("torchmd-net", (TORCH, "torchmd-net==3.1.0")),
     "mace": Environment("mace-torch", (TORCH, "mace-torch==0.3.16")),
-    "nequip": Environment("nequip", (TORCH, "nequip==0.19.1")),
+    "nequip": Environment("nequip and nequip-allegro", (TORCH, "nequip==0.19.1", "nequip-allegro==0.8.3")),
+    "deepmd": Environment(
+        "deepmd-kit",
+        # the torch and the MPI that its wheel is built for, and what else its PyTorch backend imports
+        ("torch==2.11.0", "mpich==5.0.2", "e3nn==0.6.0", "ase==3.29.0", "deepmd-kit==3.2.0"),
+    ),
     "so3krates": Environment("so3krates-torch", (TORCH, "so3krates-torch==0.2.1")),
 }
 

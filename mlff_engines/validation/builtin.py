@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from mlff_engines.artifact import Artifact, Dtype
+from mlff_engines.artifact import Artifact
 from mlff_engines.checkpoint import Domain, save_checkpoint
 from mlff_engines.errors import StructureError, suggest
 from mlff_engines.export import export
+from mlff_engines.manifest import Dtype
 from mlff_engines.models.lj import ARGON
 from mlff_engines.models.registry import build_model
 from mlff_engines.structure import MASSES, NUMBERS, FloatArray, Structure

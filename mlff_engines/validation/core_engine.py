@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mlff_engines.artifact import Dtype
 from mlff_engines.errors import MLFFError, SimulationError
 from mlff_engines.files import replacing
+from mlff_engines.manifest import Dtype
 from mlff_engines.structure import FloatArray, Result, Structure
 from mlff_engines.units import ACCELERATION, BOLTZMANN
 from mlff_engines.validation.engine import Dynamics, Trajectory, kinetic_energy

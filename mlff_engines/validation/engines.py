@@ -6,8 +6,8 @@ import importlib
 from pathlib import Path
 from typing import cast
 
-from mlff_engines.artifact import Dtype
 from mlff_engines.errors import ConfigError, MissingEngineError, suggest
+from mlff_engines.manifest import Dtype
 from mlff_engines.validation.engine import Engine, MakeEngine
 
 # name -> (module, class, extra that installs it)
@@ -20,7 +20,7 @@ ENGINES: dict[str, tuple[str, str, str]] = {
 
 
 def make_engine(
-    name: str, artifact: Path, *, folder: Path, device: str = "cpu", dtype: Dtype | None = None, skin: float = 0.5
+    name: str, artifact: Path, *, folder: Path, device: str = "cpu", dtype: Dtype | None = None, skin: float = 1.0
 ) -> Engine:
     """The engine `name` for one artifact; see `MakeEngine`.
 

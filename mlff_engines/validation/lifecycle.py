@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mlff_engines.artifact import Dtype
 from mlff_engines.errors import MLFFError
+from mlff_engines.manifest import Dtype
 from mlff_engines.structure import FloatArray, Result
 from mlff_engines.validation import result
 from mlff_engines.validation.engine import Dynamics, Engine, MakeEngine, Trajectory

@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from mlff_engines.artifact import Dtype, Manifest
+from mlff_engines.manifest import Dtype, Manifest
 from mlff_engines.structure import NUMBERS, FloatArray, Result, Structure
 
 Evaluate = Callable[[Structure], Result]  # any engine
@@ -112,13 +112,13 @@ class Claims:
 
 @dataclass(frozen=True)
 class Curve:
-    """One curve of a plot; `error` is the half width of its band."""
+    """One curve of a plot; `error` is the half width of its band. A violin has its samples in `y`, all at one `x`."""
 
     label: str
     x: Sequence[float]
     y: Sequence[float]
     error: Sequence[float] | None = None
-    style: Literal["line", "points", "steps"] = "line"
+    style: Literal["line", "points", "steps", "violin"] = "line"
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ import openmm
 from openmm import app, unit
 from openmmml import MLPotential
 
-from mlff_engines.artifact import Dtype
 from mlff_engines.errors import MLFFError
+from mlff_engines.manifest import Dtype
 from mlff_engines.structure import FloatArray, Result, Structure
 from mlff_engines.validation.result import NAMES, CheckResult, Claims, Evaluate, Verdict, Worst
 from mlff_engines.validation.static.systems import cluster, taken

@@ -18,10 +18,10 @@ import lammps_runs
 import requirements
 import students
 from lammps_runs import crystal, deck, lmp, write_structure
-from mlff_engines.artifact import inspect
 from mlff_engines.checkpoint import Domain, load_checkpoint
 from mlff_engines.errors import ArtifactError, SimulationError, StructureError
 from mlff_engines.evaluator import Evaluator
+from mlff_engines.manifest import inspect
 from mlff_engines.structure import Result, Structure
 from mlff_engines.validation.core_engine import CoreEngine
 from mlff_engines.validation.engine import Dynamics, thermal

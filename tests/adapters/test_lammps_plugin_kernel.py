@@ -12,8 +12,9 @@ import decks
 import students
 from decks import TILTED, Deck, chain, half_empty, water
 from mlff_engines import kernels
-from mlff_engines.artifact import Dtype, load, recast
+from mlff_engines.artifact import load, recast
 from mlff_engines.checkpoint import Domain, load_checkpoint
+from mlff_engines.manifest import Dtype
 from mlff_engines.structure import Structure
 from mlff_engines.validation.result import Claims, Evaluate, deviation
 from mlff_engines.validation.static.parity import reference
@@ -51,7 +52,7 @@ def exact(student: Path) -> Evaluate:
 
 def recasted(student: Path, dtype: Dtype | None = None) -> Path:
     out = student.with_name(f"fused-{dtype}.pt")
-    recast(student, out, dtype, kernel="fused")
+    recast(load(student, dtype=dtype, kernel="fused"), out)
     return out
 
 

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 import students
-from mlff_engines.artifact import Artifact, Dtype, load
+from mlff_engines.artifact import Artifact, load
 from mlff_engines.checkpoint import load_checkpoint
 from mlff_engines.errors import SimulationError, StructureError
+from mlff_engines.manifest import Dtype
 from mlff_engines.structure import Structure
 from mlff_engines.units import BOLTZMANN
 from mlff_engines.validation.core_engine import CoreEngine

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 import students
-from mlff_engines.artifact import Dtype, load
+from mlff_engines.artifact import load
 from mlff_engines.checkpoint import Domain, load_checkpoint, save_checkpoint
 from mlff_engines.errors import ArtifactError, ConfigError, MLFFError, StructureError
 from mlff_engines.export import export
+from mlff_engines.manifest import Dtype
 from mlff_engines.models.registry import build_model, model_config
 from mlff_engines.structure import Result, Structure
 from mlff_engines.units import ENERGY

@@ -15,10 +15,11 @@ from torch import nn
 import students
 from broken_engines import ORGANIC
 from mlff_engines import artifact
-from mlff_engines.artifact import Golden, Manifest, inspect, load
+from mlff_engines.artifact import load
 from mlff_engines.checkpoint import load_checkpoint, set_dtype
 from mlff_engines.errors import ArtifactError, StructureError
 from mlff_engines.graph import make_graph
+from mlff_engines.manifest import Golden, Manifest, inspect
 from mlff_engines.neighbors import neighbor_list
 from mlff_engines.validation.result import Claims
 from mlff_engines.validation.static.conformance import check_model
@@ -135,7 +136,7 @@ def test_failed_save_leaves_the_old_artifact(student: Path, tmp_path: Path, monk
     def interrupted(*_: object) -> str:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(artifact, "_digest", interrupted)
+    monkeypatch.setattr(artifact, "seal", interrupted)
     loaded_module: Any = torch.jit.load(str(student))
     with pytest.raises(KeyboardInterrupt):
         artifact.save(path, loaded_module, Manifest.model_construct(), [])

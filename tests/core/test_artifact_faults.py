@@ -16,11 +16,12 @@ from torch import nn
 
 import students
 from forged import off_by, remanifested, rewritten
-from mlff_engines import artifact
-from mlff_engines.artifact import inspect, load
+from mlff_engines import manifest
+from mlff_engines.artifact import Artifact, load
 from mlff_engines.checkpoint import load_checkpoint, save_checkpoint, set_dtype
 from mlff_engines.errors import ArtifactError
 from mlff_engines.export import export
+from mlff_engines.manifest import inspect
 from mlff_engines.models.registry import model_config
 
 
@@ -80,7 +81,7 @@ def test_altered_content_is_not_executed(student: Path, tmp_path: Path, part: st
 @pytest.mark.fault("A3")
 def test_altered_claims_are_not_believed(student: Path, tmp_path: Path, no_execution: list[str]) -> None:
     def farther(name: str, content: bytes) -> bytes:
-        return content.replace(b'"cutoff": 4.0', b'"cutoff": 4.5') if name.endswith(artifact.MANIFEST) else content
+        return content.replace(b'"cutoff": 4.0', b'"cutoff": 4.5') if name.endswith(manifest.MANIFEST) else content
 
     altered = rewritten(student, tmp_path / "altered.pt", farther, rehash=False)
     with pytest.raises(ArtifactError, match="It was not executed"):
@@ -108,11 +109,11 @@ def test_damaged_disk_block(student: Path, tmp_path: Path) -> None:
         path = tmp_path / "damaged.pt"
         path.write_bytes(damaged)
         try:
-            manifest, golden = artifact._read(path)
+            found, golden = manifest.read(path)
         except ArtifactError:
             continue
         # padding between the entries: nothing that is read has changed
-        assert manifest == inspect(student)
+        assert found == inspect(student)
         assert golden == load(student).golden
 
 
@@ -161,7 +162,7 @@ def test_newer_schema(student: Path, tmp_path: Path, no_execution: list[str]) ->
 def test_untested_torch_warns_and_replays(student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = remanifested(student, tmp_path / "old.pt", lambda manifest: manifest.update(torch_version="1.99.0"))
     replayed = []
-    monkeypatch.setattr(artifact.Artifact, "verify", lambda self: replayed.append(self))
+    monkeypatch.setattr(Artifact, "verify", lambda self: replayed.append(self))
     with pytest.warns(UserWarning, match=r"made with torch 1\.99\.0 and runs on .*: replaying its golden vectors"):
         load(path)
     assert len(replayed) == 1
@@ -192,6 +193,7 @@ sys.path.insert(0, {tests!r})
 import students
 from mlff_engines import artifact
 from mlff_engines.checkpoint import load_checkpoint
+from mlff_engines.manifest import inspect
 
 torch.library.define("mlff_tests::shifted", "(Tensor x) -> Tensor")
 torch.library.impl("mlff_tests::shifted", "default", lambda x: x + 1)
@@ -207,7 +209,7 @@ class Shifted(torch.nn.Module):
         return out
 
 folder = Path({folder!r})
-manifest = artifact.inspect(folder / "student-float64.pt")
+manifest = inspect(folder / "student-float64.pt")
 potential, _ = load_checkpoint(folder / "member-0")
 artifact.save(folder / "shifted.pt", artifact.script(Shifted(potential)), manifest, [])
 """
@@ -290,7 +292,7 @@ def test_manifest_that_is_no_manifest(student: Path, tmp_path: Path) -> None:
         path = rewritten(
             student,
             tmp_path / "odd.pt",
-            lambda name, old, content=content: content if name.endswith(artifact.MANIFEST) else old,
+            lambda name, old, content=content: content if name.endswith(manifest.MANIFEST) else old,
             rehash=False,
         )
         with pytest.raises(ArtifactError, match=r"odd\.pt"):
@@ -307,7 +309,7 @@ def test_golden_vectors_that_fail(student: Path, tmp_path: Path) -> None:
 @pytest.mark.fault("A11")
 def test_no_golden_vectors(student: Path, tmp_path: Path) -> None:
     path = rewritten(
-        student, tmp_path / "none.pt", lambda name, content: b"[]" if name.endswith(artifact.GOLDEN) else content
+        student, tmp_path / "none.pt", lambda name, content: b"[]" if name.endswith(manifest.GOLDEN) else content
     )
     with pytest.raises(ArtifactError, match="no golden vectors; export it again"):
         load(path).verify()

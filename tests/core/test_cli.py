@@ -11,7 +11,7 @@ import click
 import pytest
 
 from mlff_engines import __version__, cli
-from mlff_engines.artifact import Manifest, inspect
+from mlff_engines.manifest import Manifest, inspect
 from students import artifact, checkpoint
 
 Capture = pytest.CaptureFixture[str]
@@ -191,7 +191,7 @@ def test_ctrl_c_exits_with_130(monkeypatch: pytest.MonkeyPatch, capsys: Capture)
     def interrupted(_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mlff_engines.artifact.inspect", interrupted)
+    monkeypatch.setattr("mlff_engines.manifest.inspect", interrupted)
     assert fails(cli.main, "inspect", "x") == 130
     error = capsys.readouterr().err
     assert "interrupted" in error

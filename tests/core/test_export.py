@@ -11,10 +11,11 @@ import torch
 
 from broken_engines import ORGANIC
 from mlff_engines import artifact
-from mlff_engines.artifact import inspect, load
+from mlff_engines.artifact import load
 from mlff_engines.checkpoint import Domain, load_checkpoint, save_checkpoint
 from mlff_engines.errors import ArtifactError
 from mlff_engines.export import export, synthetic
+from mlff_engines.manifest import DTYPES, inspect
 from mlff_engines.models.registry import build_model, model_config
 from mlff_engines.validation.static.parity import reference
 from mlff_engines.validation.static.systems import cluster, crystal
@@ -31,7 +32,7 @@ def test_export(tmp_path: Path, dtype: Any, members: int) -> None:
     assert ("energy_std" in made.manifest.outputs) == (members > 1)
     assert len(made.manifest.weights_sha256) == len(made.manifest.training) == members
     dtypes = {t.dtype for name, t in made.module.named_parameters()}
-    assert dtypes == {artifact.DTYPES[dtype]}
+    assert dtypes == {DTYPES[dtype]}
     assert {g.name for g in made.golden} >= {"structure 0", "triclinic box", "isolated C"}
     found = made.evaluator(outside="ignore")(cluster(ORGANIC))
     potentials = torch.nn.ModuleList(load_checkpoint(folder)[0] for folder in folders)

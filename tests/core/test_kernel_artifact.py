@@ -16,10 +16,11 @@ import torch
 import students
 from broken_engines import ARGON_KRYPTON, NOBLE, ORGANIC
 from mlff_engines import cli, kernels, native
-from mlff_engines.artifact import Artifact, inspect, load
+from mlff_engines.artifact import Artifact, load
 from mlff_engines.checkpoint import Domain, load_checkpoint, save_checkpoint
 from mlff_engines.errors import ArtifactError, MissingEngineError
 from mlff_engines.export import export
+from mlff_engines.manifest import inspect
 from mlff_engines.models.registry import build_model
 from mlff_engines.potential import Ensemble, Potential
 from mlff_engines.validation.result import STATIC, Claims

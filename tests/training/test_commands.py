@@ -8,9 +8,9 @@ import pytest
 from ase.build import bulk, molecule
 from click.testing import CliRunner, Result
 
-from mlff_engines.artifact import inspect
 from mlff_engines.cli import mlff, mlff_export
 from mlff_engines.errors import ConfigError, DataError
+from mlff_engines.manifest import inspect
 from mlff_training.data.formats import read
 from mlff_training.distill import isolated_energies
 from mlff_training.teachers.config import TeacherConfig

@@ -12,8 +12,9 @@ import torch
 import broken_dynamics
 from broken_dynamics import BUGS, SHORT, right
 from broken_engines import MODELS, NOBLE, ORGANIC, evaluator, lennard_jones, painn
-from mlff_engines.artifact import Dtype, load
+from mlff_engines.artifact import load
 from mlff_engines.checkpoint import set_dtype
+from mlff_engines.manifest import Dtype
 from mlff_engines.structure import Result, Structure
 from mlff_engines.units import ACCELERATION
 from mlff_engines.validation.builtin import argon_artifact, argon_box

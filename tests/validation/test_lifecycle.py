@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 import students
-from mlff_engines.artifact import Dtype, load
+from mlff_engines.artifact import load
+from mlff_engines.manifest import Dtype
 from mlff_engines.neighbors import VerletList
 from mlff_engines.structure import FloatArray, Result, Structure
 from mlff_engines.validation.builtin import argon_artifact, argon_box
@@ -86,10 +87,10 @@ def test_ase_passes_with_a_student(tmp_path: Path) -> None:
 class TooLateList(VerletList):
     """The bug: searched anew when an atom has moved by the skin, not by half of it."""
 
-    def _holds(self, structure: Structure) -> bool:
+    def _reach(self, structure: Structure) -> float:
         self.skin *= 2
         try:
-            return super()._holds(structure)
+            return super()._reach(structure)
         finally:
             self.skin /= 2
 

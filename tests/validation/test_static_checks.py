@@ -22,8 +22,8 @@ from broken_engines import (
     painn,
     trained_painn,
 )
-from mlff_engines import artifact
 from mlff_engines.checkpoint import set_dtype
+from mlff_engines.manifest import TOLERANCE
 from mlff_engines.neighbors import neighbor_list
 from mlff_engines.structure import Structure
 from mlff_engines.validation.result import STATIC, TOLERANCES, CheckResult, Worst
@@ -125,7 +125,7 @@ def test_every_check_catches_something() -> None:
 
 
 def test_tolerance_of_parity_is_that_of_the_golden_vectors() -> None:
-    assert TOLERANCES["S1"] == artifact.TOLERANCE
+    assert TOLERANCES["S1"] == TOLERANCE
 
 
 def test_page_is_up_to_date() -> None:

@@ -11,11 +11,11 @@ from ase.data import ground_state_magnetic_moments
 from pydantic import Field
 from rich.console import Console
 
-from mlff_engines.artifact import Dtype, inspect
 from mlff_engines.checkpoint import load_checkpoint
 from mlff_engines.config import Config
 from mlff_engines.errors import ArtifactError
 from mlff_engines.export import export
+from mlff_engines.manifest import Dtype, inspect
 from mlff_training.data.labels import results
 from mlff_training.loop import TrainConfig
 from mlff_training.losses import LossConfig

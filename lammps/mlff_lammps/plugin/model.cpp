@@ -1,10 +1,12 @@
 #include "model.h"
 
 #include "generated.h"
+#include "sha256.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <caffe2/serialize/inline_container.h>
+#include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 #include <torch/cuda.h>
 #include <torch/csrc/jit/runtime/graph_executor.h>
 #include <torch/script.h>
@@ -12,6 +14,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cstdlib>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
@@ -35,6 +38,14 @@ std::string cause(const std::exception &error)
   return last;
 }
 
+std::string bytes_of(const std::string &path)
+{
+  std::ifstream file(path, std::ios::binary);
+  std::ostringstream content;
+  if (!file || !(content << file.rdbuf())) throw Error("cannot read " + path + ": " + std::strerror(errno));
+  return content.str();
+}
+
 std::string content_of(const std::string &path)
 {
   const std::string make = "mlff-export CHECKPOINT -o student.pt";
@@ -43,10 +54,7 @@ std::string content_of(const std::string &path)
   const auto ending = std::filesystem::path(path).extension();
   if (std::filesystem::is_directory(path, status) || ending == ".safetensors" || ending == ".yaml")
     throw Error(path + " is a checkpoint, not an artifact; export it: " + make);
-  std::ifstream file(path, std::ios::binary);
-  std::ostringstream content;
-  if (!file || !(content << file.rdbuf())) throw Error("cannot read " + path + ": " + std::strerror(errno));
-  return content.str();
+  return bytes_of(path);
 }
 
 std::shared_ptr<caffe2::serialize::PyTorchStreamReader> open_archive(
@@ -90,22 +98,27 @@ std::set<std::string> words_of(const std::string &text)
   return words;
 }
 
-// Registers the operators that fused artifacts name. Compiled for one processor, they would end another by a signal.
-void load_kernels(const std::string &path)
+// What was compiled for one processor would end another by a signal.
+void require_processor(const std::string &what, const std::string &advice)
 {
-  for (const auto &name : c10::Dispatcher::singleton().getAllOpNames())
-    if (name.name.starts_with("mlff::")) return;    // by another pair style, or by Python
-  const std::string again = ". Build them here: mlff lammps build-plugin; or export the artifact with --kernel torch";
   std::ifstream information("/proc/cpuinfo");
   for (std::string line; std::getline(information, line);) {
     if (!line.starts_with("flags") && !line.starts_with("Features")) continue;
     const auto has = words_of(line), needed = words_of(FEATURES);
     for (const auto &feature : needed)
       if (!has.contains(feature))
-        throw Error(path + " needs the fused kernels, and those of this plug-in are for a processor with " + feature +
-                    ", which this one lacks" + again);
+        throw Error(what + " for a processor with " + feature + ", which this one lacks" + advice);
     break;
   }
+}
+
+// Registers the operators that fused artifacts name.
+void load_kernels(const std::string &path)
+{
+  for (const auto &name : c10::Dispatcher::singleton().getAllOpNames())
+    if (name.name.starts_with("mlff::")) return;    // by another pair style, or by Python
+  const std::string again = ". Build them here: mlff lammps build-plugin; or export the artifact with --kernel torch";
+  require_processor(path + " needs the fused kernels, and those of this plug-in are", again);
   if (!dlopen(KERNELS, RTLD_NOW | RTLD_LOCAL))
     throw Error(path + " needs the fused kernels, and they cannot be loaded: " + dlerror() + again);
 }
@@ -136,10 +149,35 @@ std::vector<double> copied(const at::Tensor &tensor)
   return {flat.data_ptr<double>(), flat.data_ptr<double>() + flat.numel()};
 }
 
+// Python puts a package there only after it has reproduced the artifact.
+std::unique_ptr<torch::inductor::AOTIModelPackageLoader> load_package(
+    const std::string &path, const std::string &sha256, const std::string &dtype)
+{
+  const char *cache = std::getenv("XDG_CACHE_HOME"), *home = std::getenv("HOME");    // as in native.py
+  const auto caches = cache && *cache ? std::filesystem::path(cache) : std::filesystem::path(home ? home : "") / ".cache";
+  const auto package = caches / PACKAGES / (sha256 + "-" + dtype + ".pt2");
+  const std::string again = ". Compile it here: mlff-export " + path + " --compile --dtype " + dtype;
+  std::error_code status;
+  if (!std::filesystem::exists(package, status))
+    throw Error("there is no compiled form of " + path + " at " + package.string() + again);
+  require_processor("the compiled models of this plug-in are", "; or use kernel auto");
+  // torch's own reader would run what is damaged
+  Sha256 digest;
+  digest.update(bytes_of(package));
+  if (digest.digest() != bytes_of(std::filesystem::path(package).replace_extension(".sha256")))
+    throw Error(package.string() + " is damaged. Delete it" + again);
+  try {
+    return std::make_unique<torch::inductor::AOTIModelPackageLoader>(package.string());
+  } catch (const std::exception &error) {
+    throw Error("cannot load " + package.string() + ": " + cause(error) + ". Delete it" + again);
+  }
+}
+
 }    // namespace
 
 struct Model::Impl {
   torch::jit::Module module;
+  std::unique_ptr<torch::inductor::AOTIModelPackageLoader> package;    // in its place, where there is one
   c10::Device device{c10::kCPU};
   at::ScalarType dtype{at::kFloat};
   std::map<std::int64_t, double> correction;    // eV, by atomic number
@@ -159,19 +197,28 @@ Model::Model(const std::string &path, const Options &chosen, int local_rank) :
   } catch (const c10::Error &error) {
     throw Error(path + " is damaged (" + cause(error) + "); copy it anew or export it again");
   }
-  if (manifest.fused && !options.dtype.empty() && options.dtype != manifest.dtype)
+  if (manifest.fused && !options.compiled && !options.dtype.empty() && options.dtype != manifest.dtype)
     throw Error("dtype " + options.dtype + ": the tables of a fused kernel are for one dtype, and those of " + path +
                 " for " + manifest.dtype + ". Export it again: mlff-export ARTIFACT --kernel fused --dtype " +
                 options.dtype + " -o student.pt");
-  if (manifest.fused) load_kernels(path);
+  if (manifest.fused && !options.compiled) load_kernels(path);
   impl->device = device_for(options.device, local_rank);
+  if (options.compiled && !impl->device.is_cpu())
+    throw Error("kernel compiled runs on the CPU, not on " + impl->device.str() + ": use device cpu, or kernel auto");
   at::set_num_threads(options.threads);
   const std::string dtype = options.dtype.empty() ? manifest.dtype : options.dtype;
   // decks that loop over `clear` ask for the same one again and again
   static std::pair<std::string, std::shared_ptr<Impl>> last;
-  const std::string wanted = manifest.sha256 + " " + dtype + " " + impl->device.str();
+  const std::string wanted =
+      manifest.sha256 + " " + dtype + " " + impl->device.str() + (options.compiled ? " compiled" : "");
   if (last.first == wanted) {
     impl = last.second;
+    return;
+  }
+  impl->dtype = dtype == "float64" ? at::kDouble : at::kFloat;
+  if (options.compiled) {
+    impl->package = load_package(path, manifest.sha256, dtype);
+    last = {wanted, impl};
     return;
   }
   try {
@@ -189,7 +236,6 @@ Model::Model(const std::string &path, const Options &chosen, int local_rank) :
     throw Error("torch " + running_torch + " cannot load " + path + " (made with torch " + manifest.torch_version +
                 "): " + cause(error) + ". Export the checkpoint again on this machine");
   }
-  impl->dtype = dtype == "float64" ? at::kDouble : at::kFloat;
   if (dtype != manifest.dtype) {
     cast(impl->module, impl->dtype, dtype);
     if (dtype == "float64") fix_isolated_atoms();
@@ -222,15 +268,24 @@ Result Model::evaluate(const Graph &graph) const
     const at::AutoGradMode with_gradients(true);
     // the optimising executor recompiles for each new shape, tens of milliseconds at a time, and gains nothing
     const torch::jit::GraphOptimizerEnabledGuard no_optimizer(false);
+    // in the order of INPUTS in graph.py, which a package takes them in
+    const std::vector<std::pair<std::string, at::Tensor>> inputs{
+        {"numbers", view(graph.numbers, {nodes}).to(impl->device)},
+        {"edge_index", at::stack({view(graph.centre, {edges}), view(graph.neighbour, {edges})}).to(impl->device)},
+        {"edge_vec", view(graph.vec, {edges, 3}).to(real)},
+        {"owned", at::arange(nodes, impl->device) < graph.owned},
+        {"batch", at::zeros({nodes}, at::TensorOptions().dtype(at::kLong).device(impl->device))},
+        {"charge", at::full({1}, options.charge, real)},
+        {"spin", at::full({1}, options.spin, real)}};
+    if (impl->package) {
+      std::vector<at::Tensor> in;
+      for (const auto &input : inputs) in.push_back(input.second);
+      const at::NoGradGuard no_gradients;    // they are part of what was compiled
+      const auto out = impl->package->run(in);
+      return {copied(out.at(0)), copied(out.at(1))};
+    }
     c10::Dict<std::string, at::Tensor> in;
-    in.insert("numbers", view(graph.numbers, {nodes}).to(impl->device));
-    in.insert("edge_index",
-              at::stack({view(graph.centre, {edges}), view(graph.neighbour, {edges})}).to(impl->device));
-    in.insert("edge_vec", view(graph.vec, {edges, 3}).to(real));
-    in.insert("owned", at::arange(nodes, impl->device) < graph.owned);
-    in.insert("batch", at::zeros({nodes}, at::TensorOptions().dtype(at::kLong).device(impl->device)));
-    in.insert("charge", at::full({1}, options.charge, real));
-    in.insert("spin", at::full({1}, options.spin, real));
+    for (const auto &[name, tensor] : inputs) in.insert(name, tensor);
     const auto out = impl->module.forward({in}).toGenericDict();
     Result result{copied(out.at("node_energy").toTensor()), copied(out.at("edge_gradient").toTensor())};
     if (!impl->correction.empty())

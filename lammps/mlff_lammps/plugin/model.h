@@ -16,6 +16,7 @@ namespace mlff {
 struct Options {
   std::string device = "cpu";    // cpu, cuda (one per process of a machine, in turn) or cuda:N
   std::string dtype;             // float32 or float64 in place of the artifact's own
+  bool compiled = false;         // run the package that torch has compiled of it for this machine, not its program
   int threads = 1;               // of the CPU
   double charge = 0.0;           // e, of the whole system
   double spin = 0.0;             // unpaired electrons

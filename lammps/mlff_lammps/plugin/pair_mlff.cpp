@@ -14,6 +14,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <unordered_map>
@@ -77,6 +78,8 @@ void PairMLFF::settings(int narg, char **arg)
 {
   if (narg < 1) error->all(FLERR, "pair_style mlff needs the path of an artifact: pair_style mlff student.pt");
   options = mlff::Options();
+  const char *kernel = std::getenv("MLFF_KERNEL");    // as in Python; the program itself says torch or fused
+  options.compiled = kernel && std::string(kernel) == "compiled";
   outside = Outside::WARN;
   for (int i = 1; i < narg; i += 2) {
     const std::string key = arg[i];
@@ -89,6 +92,8 @@ void PairMLFF::settings(int narg, char **arg)
       if (options.threads < 1) error->all(FLERR, "pair_style mlff: threads " + value + "; allowed: 1 or more");
     } else if (key == "dtype" && (value == "float32" || value == "float64")) {
       options.dtype = value;
+    } else if (key == "kernel" && (value == "auto" || value == "compiled")) {
+      options.compiled = value == "compiled";
     } else if (key == "charge") {
       options.charge = utils::numeric(FLERR, value, false, lmp);
     } else if (key == "spin") {
@@ -98,7 +103,7 @@ void PairMLFF::settings(int narg, char **arg)
     } else {
       error->all(FLERR,
                  "pair_style mlff: " + key + " " + value + " is unknown; allowed: device cpu|cuda|cuda:N, threads N, "
-                 "dtype float32|float64, charge Q, spin S, outside warn|error|ignore");
+                 "dtype float32|float64, kernel auto|compiled, charge Q, spin S, outside warn|error|ignore");
     }
   }
 
@@ -124,7 +129,7 @@ void PairMLFF::settings(int narg, char **arg)
   if (comm->me == 0 && release(model->running_torch) != release(manifest.torch_version))
     error->warning(FLERR, "pair_style mlff: the artifact was made with torch " + manifest.torch_version +
                    " and runs on " + model->running_torch + "; check it with: mlff verify " + arg[0]);
-  if (comm->me == 0 && options.device == "cpu" && manifest.could_be_fused && !manifest.fused)
+  if (comm->me == 0 && options.device == "cpu" && manifest.could_be_fused && !manifest.fused && !options.compiled)
     utils::logmesg(lmp, std::string("pair_style mlff: ") + arg[0] + " runs in plain torch. On CPUs it is several times "
                    "faster with the fused kernel: mlff-export ARTIFACT --kernel fused -o fused.pt\n");
   // neighbours of ghosts carry the messages of the layers after the first

@@ -1,7 +1,7 @@
 // pair_style mlff: an mlff-engines artifact in LAMMPS.
 //
 //   pair_style mlff student.pt [device cpu|cuda|cuda:N] [threads N] [dtype float32|float64]
-//                              [charge Q] [spin S] [outside warn|error|ignore]
+//                              [kernel auto|compiled] [charge Q] [spin S] [outside warn|error|ignore]
 //   pair_coeff * * H C N O
 
 #ifndef LMP_PAIR_MLFF_H

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mlff_engines.artifact import Dtype
 from mlff_engines.errors import MLFFError
+from mlff_engines.manifest import Dtype
 from mlff_engines.structure import MASSES, FloatArray, Structure
 from mlff_engines.units import ACCELERATION
 from mlff_engines.validation import result

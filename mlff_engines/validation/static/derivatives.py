@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from mlff_engines.artifact import Dtype
+from mlff_engines.manifest import Dtype
 from mlff_engines.neighbors import neighbor_list
 from mlff_engines.structure import FloatArray, Structure
 from mlff_engines.validation.result import TOLERANCES, CheckResult, Claims, Evaluate, Worst

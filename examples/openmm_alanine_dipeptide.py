@@ -18,7 +18,8 @@ from openmm import LangevinMiddleIntegrator, Platform, Vec3, app, unit
 from openmmml import MLPotential
 
 from mlff_training.distill import DistillConfig, distill, smoke
-from mlff_training.sampling.sample import Dynamics
+from mlff_training.sampling.sample import Dynamics, SamplingConfig
+from mlff_training.trial import TrialConfig
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -42,7 +43,7 @@ arguments = parser.parse_args()
 
 
 def turned(phi: float, psi: float) -> Atoms:
-    """The dipeptide with these torsions, so that the student sees every region of the map."""
+    """The dipeptide with these torsions, in degrees."""
     atoms = read(STRUCTURE)
     atoms.set_dihedral(4, 6, 8, 14, phi, indices=range(9, 22))
     atoms.set_dihedral(6, 8, 14, 16, psi, indices=range(15, 22))
@@ -51,11 +52,16 @@ def turned(phi: float, psi: float) -> Atoms:
 
 student = arguments.student
 if student is None:
-    sampling = DistillConfig().sampling.model_copy(
-        update={"md": Dynamics(temperatures=(300.0, 450.0, 700.0), seeds=(0,), steps=4000, interval=10)}
+    # from all over the map, not from its minima: where a student has seen nothing it makes minima of its own
+    sampling = SamplingConfig(
+        relax=None, md=Dynamics(temperatures=(300.0, 700.0), seeds=(0,), steps=600, interval=10), select=2500
     )
-    config = DistillConfig(sampling=sampling)
-    start = [turned(*centre) for centre in REGIONS.values()]
+    config = DistillConfig(
+        sampling=sampling,
+        train=DistillConfig().train.model_copy(update={"epochs": 16}),  # an hour or so; more make it better
+        trial=TrialConfig(temperatures=(300.0,), frames=10),
+    )
+    start = [turned(phi, psi) for phi in range(-150, 180, 60) for psi in range(-150, 180, 60)]
     if arguments.smoke:
         config, start = smoke(config), start[:1]
     student, _ = distill(start, config, arguments.out)

@@ -8,13 +8,12 @@ from typing import Any
 
 from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
+from ase.stress import full_3x3_to_voigt_6_stress
 
 from mlff_ase.structures import changes, to_structure
 from mlff_engines.artifact import Artifact, load
 from mlff_engines.errors import ArtifactError
 from mlff_engines.manifest import Dtype
-
-VOIGT = (0, 4, 8, 5, 2, 1)  # xx, yy, zz, yz, xz, xy in a symmetric tensor
 
 
 class MLFFCalculator(Calculator):
@@ -88,7 +87,7 @@ class MLFFCalculator(Calculator):
             "virial": result.virial,
         }
         if result.stress is not None:
-            self.results["stress"] = result.stress.take(VOIGT)
+            self.results["stress"] = full_3x3_to_voigt_6_stress(result.stress)
         if result.energy_std is not None:
             self.results |= {"energy_std": result.energy_std, "force_std": result.force_std}
 

@@ -100,6 +100,9 @@ def test_inputs_matter() -> None:
 
 def test_edges_beyond_the_cutoff_count_nothing(arch: dict[str, object]) -> None:
     found, model = [], jump(**arch, cutoff=2.0)
+    with torch.no_grad():
+        for weights in model.module.parameters():  # biases, too, that are zero before training
+            weights.add_(0.1 * torch.randn_like(weights))
     for reach in (2.0, 3.5):
         model.neighbors = VerletList(reach, 0.0)
         found.append((model.neighbors.update(ETHANOL)[0].shape[1], model(ETHANOL, V)))

@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +54,10 @@ def open_subject(what: str, options: dict[str, Any]) -> tuple[Callable[[dict[str
     path = Path(options["artifact"])
     if what in ("model", "evaluator", "core"):
         artifact = load(path)
-        make = {"model": _model, "evaluator": _evaluator, "core": _core}[what]
+        make: dict[str, Callable[[Artifact, dict[str, Any]], Work]]
+        make = {"model": partial(_model, edges=options.get("edges", True)), "evaluator": _evaluator, "core": _core}
         about = {"torch": str(torch.__version__), "kernel": artifact.kernel}
-        return lambda system: make(artifact, system), about
+        return lambda system: make[what](artifact, system), about
     if what == "ase":  # as the others are timed
         try:
             calculator = importlib.import_module("mlff_ase").MLFFCalculator(path, outside="ignore")
@@ -75,11 +77,13 @@ def _structure(system: dict[str, Any]) -> Structure:
     return Structure(numbers, positions, cell, pbc)
 
 
-def _model(artifact: Artifact, system: dict[str, Any]) -> Work:
-    """Energy and forces, edges given."""
+def _model(artifact: Artifact, system: dict[str, Any], edges: bool = True) -> Work:
+    """Energy and forces, edges given; or of atoms that are all alone."""
     s = _structure(system)
     artifact.evaluator(outside="ignore").check_composition(s)
     index, vectors = neighbor_list(s.positions, s.cell, s.pbc, artifact.manifest.cutoff)
+    if not edges:
+        index, vectors = index[:, :0], vectors[:0]
     edge_index = torch.from_numpy(index)
     graph = make_graph(torch.from_numpy(s.numbers), edge_index, torch.from_numpy(vectors).to(artifact.dtype))
 

@@ -42,6 +42,8 @@ class Subject:
         python: the interpreter.
         environment: more environment variables.
         missing: why it cannot be timed at all.
+        note: what the page should say of it.
+        constant: whether it takes as long whatever the system is.
     """
 
     what: str
@@ -51,6 +53,8 @@ class Subject:
     python: str = sys.executable
     environment: dict[str, str] = field(default_factory=dict)
     missing: str | None = None
+    note: str | None = None
+    constant: bool = False
 
     @property
     def stepping(self) -> bool:
@@ -295,7 +299,7 @@ def _on_one_system(
 
 def _too_slow(plan: Plan, subject: Subject, before: Row | None, atoms: int) -> str | None:
     """Why it is not tried, by the row for fewer atoms."""
-    if before is None:
+    if before is None or (subject.constant and before.median_ms is not None):
         return None
     if before.median_ms is None:
         return before.reason

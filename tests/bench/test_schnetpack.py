@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mlff_engines import cli
-from mlff_engines.artifact import Dtype, load
+from mlff_engines.artifact import load
 from mlff_engines.bench.systems import named
 from mlff_engines.checkpoint import Domain, load_checkpoint
 from mlff_engines.errors import ArtifactError, ConfigError, MissingEngineError
@@ -21,6 +21,7 @@ from mlff_engines.export import export, synthetic
 from mlff_engines.foreign import environments, schnetpack
 from mlff_engines.foreign.environments import Environment
 from mlff_engines.foreign.schnetpack import import_schnetpack, make_untrained
+from mlff_engines.manifest import Dtype
 from requirements import has_compiler, missing
 
 ELEMENTS = ["H", "C", "O"]

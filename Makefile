@@ -56,7 +56,10 @@ pages: $(INSTALLED) ## write docs/faults.md and docs/conformance.md anew from th
 	PYTHONPATH=tests $(BIN)/python tests/conformance_page.py --write
 
 bench: $(INSTALLED) ## the speed tables of docs/benchmarks.md, other packages included; run again to resume
-	$(BIN)/mlff bench -o runs/bench --peers schnetpack,mace,nequip,so3krates --page docs/benchmarks.md
+	$(BIN)/mlff bench -o runs/bench --peers schnetpack,torchmdnet,mace,nequip,allegro,deepmd,so3krates --page docs/benchmarks.md
+	$(BIN)/mlff bench --roofline -o runs/bench --page docs/benchmarks.md
+	$(BIN)/python examples/benchmarks/same_accuracy.py examples/benchmarks/same_accuracy.yaml -o runs/same_accuracy \
+		--page docs/benchmarks.md
 
 accuracy: $(INSTALLED) ## the accuracy figures of docs/benchmarks.md: 90 minutes per data set; run again to resume
 	for name in $(BENCH); do $(BIN)/mlff train examples/benchmarks/$$name.yaml -o runs/$$name || exit 1; done

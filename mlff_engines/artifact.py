@@ -30,6 +30,7 @@ from mlff_engines.graph import Graph
 from mlff_engines.kernels import FUSED, available, fuse, load_operators, memory
 from mlff_engines.manifest import DTYPES, GOLDEN, TOLERANCE, Dtype, Golden, GoldenJump, Kernel, Manifest, read, seal
 from mlff_engines.models.registry import build_model, model_config
+from mlff_engines.neighbors import SKIN
 from mlff_engines.potential import Ensemble, Potential
 
 Running = Literal["torch", "fused", "compiled"]
@@ -57,7 +58,7 @@ class Artifact:
         """Run the module under the contract of `mlff_engines.graph`."""
         return execute(self.module, graph)
 
-    def evaluator(self, *, skin: float = 1.0, outside: str = "warn") -> Evaluator:
+    def evaluator(self, *, skin: float = SKIN, outside: str = "warn") -> Evaluator:
         """A new `Evaluator` of this artifact, with a neighbour list of its own."""
         m = self.manifest
         per_edge, per_atom = m.bytes_per_edge, 0.0

@@ -13,7 +13,7 @@ from mlff_engines.checkpoint import Domain
 from mlff_engines.errors import ExtrapolationWarning, StructureError, suggest
 from mlff_engines.graph import Graph, make_graph
 from mlff_engines.kernels import geometry, loaded
-from mlff_engines.neighbors import VerletList, near
+from mlff_engines.neighbors import SKIN, VerletList, near
 from mlff_engines.potential import edge_forces
 from mlff_engines.structure import MAX_ATOMIC_NUMBER, NUMBERS, SYMBOLS, FloatArray, IntArray, Result, Structure
 
@@ -43,7 +43,7 @@ class Evaluator:
         *,
         takes_charge: bool = False,
         takes_spin: bool = False,
-        skin: float = 1.0,
+        skin: float = SKIN,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         outside: str = "warn",

@@ -14,6 +14,7 @@ from mlff_engines.errors import StructureError
 from mlff_engines.structure import BoolArray, FloatArray, IntArray, Structure
 
 FARTHEST = 1e7  # Å
+SKIN = 1.0  # Å, by default: in liquid water searching and filtering cost least together
 
 # edges among candidates, or None if these do not hold any more; see `near`
 Near = Callable[[FloatArray, FloatArray, float, IntArray, FloatArray | None, float], tuple[IntArray, FloatArray] | None]

@@ -14,6 +14,7 @@ from mlff_ase.structures import changes, to_structure
 from mlff_engines.artifact import Artifact, load
 from mlff_engines.errors import ArtifactError
 from mlff_engines.manifest import Dtype
+from mlff_engines.neighbors import SKIN
 
 
 class MLFFCalculator(Calculator):
@@ -51,7 +52,7 @@ class MLFFCalculator(Calculator):
         *,
         device: str = "cpu",
         dtype: Dtype | None = None,
-        skin: float = 1.0,
+        skin: float = SKIN,
         outside: str = "warn",
     ) -> None:
         super().__init__()

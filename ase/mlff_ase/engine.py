@@ -18,6 +18,7 @@ from ase.stress import voigt_6_to_full_3x3_stress
 from mlff_ase.calculator import MLFFCalculator
 from mlff_engines.errors import MLFFError, SimulationError
 from mlff_engines.manifest import Dtype
+from mlff_engines.neighbors import SKIN
 from mlff_engines.structure import Result, Structure
 from mlff_engines.validation.engine import Dynamics, Trajectory
 from mlff_engines.validation.result import EVERYTHING, CheckResult, Claims, Evaluate
@@ -31,7 +32,7 @@ class ASEEngine:
     suffix = ".xyz"
 
     def __init__(
-        self, artifact: Path, *, folder: Path, device: str = "cpu", dtype: Dtype | None = None, skin: float = 1.0
+        self, artifact: Path, *, folder: Path, device: str = "cpu", dtype: Dtype | None = None, skin: float = SKIN
     ) -> None:
         self.calculator = MLFFCalculator(artifact, device=device, dtype=dtype, skin=skin, outside="ignore")
         self.dtype: Dtype = dtype or self.calculator.artifact.manifest.dtype

@@ -19,6 +19,7 @@ import numpy as np
 from mlff_engines.artifact import Artifact, load, recast
 from mlff_engines.errors import SimulationError, StructureError
 from mlff_engines.manifest import Dtype, inspect
+from mlff_engines.neighbors import SKIN
 from mlff_engines.structure import FloatArray, Result, Structure
 from mlff_engines.units import BAR
 from mlff_engines.validation.engine import Dynamics, Trajectory
@@ -60,7 +61,7 @@ class LAMMPSEngine:
         folder: Path,
         device: str = "cpu",
         dtype: Dtype | None = None,
-        skin: float = 1.0,
+        skin: float = SKIN,
         ranks: int = 1,
         processors: str = "* * *",
         settings: Sequence[str] = (),

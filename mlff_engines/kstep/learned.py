@@ -19,7 +19,7 @@ from mlff_engines.graph import Graph, make_graph
 from mlff_engines.kstep.jumps import Displacement
 from mlff_engines.manifest import DTYPES, SCHEMA, TOLERANCE, Dtype, GoldenJump, Manifest, Units
 from mlff_engines.models.jump import JumpConfig, JumpTerms
-from mlff_engines.neighbors import VerletList
+from mlff_engines.neighbors import SKIN, VerletList
 from mlff_engines.structure import NUMBERS, SYMBOLS, FloatArray, IntArray, Structure
 from mlff_engines.units import ACCELERATION, BOLTZMANN
 
@@ -44,7 +44,7 @@ class LearnedJump:
         takes_temperature: bool = False,
         dtype: torch.dtype = torch.float64,
         device: str | torch.device = "cpu",
-        skin: float = 1.0,
+        skin: float = SKIN,
     ) -> None:
         self.module, self.terms, self.takes_temperature = module, terms, takes_temperature
         self.dtype, self.device = dtype, torch.device(device)
@@ -53,7 +53,7 @@ class LearnedJump:
         self.golden: list[GoldenJump] = []
 
     @classmethod
-    def load(cls, path: str | Path, device: str = "cpu", dtype: Dtype | None = None, skin: float = 1.0) -> LearnedJump:
+    def load(cls, path: str | Path, device: str = "cpu", dtype: Dtype | None = None, skin: float = SKIN) -> LearnedJump:
         """From the artifact of a jump.
 
         Raises:

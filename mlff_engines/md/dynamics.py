@@ -14,6 +14,7 @@ from mlff_engines.errors import ConfigError
 from mlff_engines.files import replacing
 from mlff_engines.md.integrators import Integrator, kinetic_energies
 from mlff_engines.md.replicas import BatchEvaluator, BatchResult, Replicas
+from mlff_engines.neighbors import SKIN
 from mlff_engines.units import ACCELERATION, BOLTZMANN
 
 FARTHEST = 1.0  # Å in one step: no atom of a stable run moves so far
@@ -44,7 +45,7 @@ class BatchDynamics:
         skin: of the neighbour lists, Å.
     """
 
-    def __init__(self, artifact: Artifact, replicas: Replicas, integrator: Integrator, *, skin: float = 1.0) -> None:
+    def __init__(self, artifact: Artifact, replicas: Replicas, integrator: Integrator, *, skin: float = SKIN) -> None:
         self.replicas, self.integrator = replicas, integrator
         self.steps = 0
         self.failed: dict[int, int] = {}

@@ -12,7 +12,7 @@ from torch import Tensor
 from mlff_engines.artifact import Artifact
 from mlff_engines.errors import StructureError
 from mlff_engines.graph import Graph, make_graph
-from mlff_engines.neighbors import candidates
+from mlff_engines.neighbors import SKIN, candidates
 from mlff_engines.potential import edge_forces, edge_virial
 from mlff_engines.structure import MASSES, FloatArray, Structure
 
@@ -104,7 +104,7 @@ class BatchEvaluator:
         StructureError: elements, charges or spins that the model does not know, or another device.
     """
 
-    def __init__(self, artifact: Artifact, replicas: Replicas, *, skin: float = 1.0) -> None:
+    def __init__(self, artifact: Artifact, replicas: Replicas, *, skin: float = SKIN) -> None:
         if artifact.device != replicas.device:
             raise StructureError(f"the artifact is on {artifact.device}, the replicas on {replicas.device}")
         check = artifact.evaluator(outside="ignore").check_composition

@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from mlff_engines.manifest import Dtype
+from mlff_engines.neighbors import SKIN
 from mlff_engines.structure import MASSES, FloatArray, Result, Structure
 from mlff_engines.units import ACCELERATION, BOLTZMANN
 from mlff_engines.validation.result import CheckResult, Claims, Evaluate
@@ -126,7 +127,7 @@ class MakeEngine(Protocol):
     """How an adapter package makes its engine. `skin` in Å; the files of the engine go below `folder`."""
 
     def __call__(
-        self, artifact: Path, *, folder: Path, device: str = "cpu", dtype: Dtype | None = None, skin: float = 1.0
+        self, artifact: Path, *, folder: Path, device: str = "cpu", dtype: Dtype | None = None, skin: float = SKIN
     ) -> Engine:
         """The engine for one artifact."""
         ...

@@ -8,6 +8,7 @@ from typing import cast
 
 from mlff_engines.errors import ConfigError, MissingEngineError, suggest
 from mlff_engines.manifest import Dtype
+from mlff_engines.neighbors import SKIN
 from mlff_engines.validation.engine import Engine, MakeEngine
 
 # name -> (module, class, extra that installs it)
@@ -20,7 +21,7 @@ ENGINES: dict[str, tuple[str, str, str]] = {
 
 
 def make_engine(
-    name: str, artifact: Path, *, folder: Path, device: str = "cpu", dtype: Dtype | None = None, skin: float = 1.0
+    name: str, artifact: Path, *, folder: Path, device: str = "cpu", dtype: Dtype | None = None, skin: float = SKIN
 ) -> Engine:
     """The engine `name` for one artifact; see `MakeEngine`.
 

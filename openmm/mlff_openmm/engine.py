@@ -12,6 +12,7 @@ from openmm import app, unit
 from mlff_engines.artifact import load
 from mlff_engines.errors import MLFFError, SimulationError, StructureError
 from mlff_engines.manifest import Dtype
+from mlff_engines.neighbors import SKIN
 from mlff_engines.structure import FloatArray, Result, Structure
 from mlff_engines.units import energy_unit, length_unit
 from mlff_engines.validation.engine import Dynamics, Trajectory
@@ -43,7 +44,7 @@ class OpenMMEngine:
     suffix = ".dcd"
 
     def __init__(
-        self, artifact: Path, *, folder: Path, device: str = "cpu", dtype: Dtype | None = None, skin: float = 1.0
+        self, artifact: Path, *, folder: Path, device: str = "cpu", dtype: Dtype | None = None, skin: float = SKIN
     ) -> None:
         self._path, self._device, self._dtype, self._skin = artifact, device, dtype, skin
         self._artifact = load(artifact, device, dtype)  # refuses now what no force could be made of

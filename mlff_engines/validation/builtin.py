@@ -22,6 +22,7 @@ from mlff_engines.validation.static.symmetry import random_rotation
 from mlff_engines.validation.static.systems import ALL, TRICLINIC, crystal, joined
 
 ARGON_DENSITY, ARGON_TEMPERATURE = 1.374, 94.4  # g/cm³, K: Rahman's liquid, Phys. Rev. 136, A405 (1964)
+ARGON_CLOSEST = 3.1  # Å: about 2 k_B T per pair
 WATER_DENSITY, WATER_TEMPERATURE = 0.997, 298.15  # g/cm³, K
 # Å: one molecule as in the vapour, r(OH) 0.9572 Å and 104.52° (Benedict et al., J. Chem. Phys. 24, 1139 (1956))
 WATER = np.array([[0.0, 0.0, 0.0], [0.7569, 0.5859, 0.0], [-0.7569, 0.5859, 0.0]])
@@ -52,7 +53,7 @@ def builtin_systems(artifact: Artifact) -> dict[str, System]:
     if elements >= {"H", "O"}:
         found += [System(f"water-{n}", water_box(n), WATER_TEMPERATURE) for n in (64, 216)]
     if "Ar" in elements:
-        found.append(System("argon-108", argon_box(3), ARGON_TEMPERATURE))
+        found.append(System("argon-108", disordered(argon_box(3), ARGON_CLOSEST), ARGON_TEMPERATURE))
     found.append(System("crystal", crystal(Claims.of(artifact.manifest))))
     return {system.name: system for system in found}
 
@@ -82,6 +83,22 @@ def argon_box(cells: int) -> Structure:
     """`cells`³ cubic cells of four atoms at the density of the liquid, still in order."""
     lattice = np.array([[0, 0, 0], [0.5, 0.5, 0], [0.5, 0, 0.5], [0, 0.5, 0.5]])
     return _packed(lattice, [NUMBERS["Ar"]] * 4, cells, (4 * MASSES[18] * ATOMIC_MASS * 1e3 / ARGON_DENSITY) ** (1 / 3))
+
+
+def disordered(box: Structure, closest: float) -> Structure:
+    """The atoms of a cubic box one by one at random, `closest` Å or more from each other.
+
+    A liquid forgets this within picoseconds; a superheated crystal takes tens of them to melt.
+    """
+    edge, rng = float(box.cell[0, 0]), np.random.default_rng(0)
+    placed = np.empty((0, 3))
+    while len(placed) < len(box):
+        candidate = edge * rng.random(3)
+        apart = placed - candidate
+        apart -= edge * np.rint(apart / edge)
+        if (np.square(apart).sum(axis=1) >= closest**2).all():
+            placed = np.vstack([placed, candidate])
+    return replace(box, positions=placed)
 
 
 def water_box(molecules: int) -> Structure:

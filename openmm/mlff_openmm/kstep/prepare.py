@@ -52,6 +52,14 @@ class Prepared:
         """Topology with positions, and System."""
         return app.PDBFile(str(self.pdb)), openmm.XmlSerializer.deserialize(self.system.read_text())
 
+    def load_moving(self) -> tuple[app.PDBFile, openmm.System]:
+        """As `load`, without removal of net momentum, which is a degree of freedom like any other."""
+        pdb, system = self.load()
+        for index in reversed(range(system.getNumForces())):
+            if isinstance(system.getForce(index), openmm.CMMotionRemover):
+                system.removeForce(index)
+        return pdb, system
+
 
 def prepared_in(folder: Path) -> list[Prepared]:
     """All molecules that `prepare` left in `folder`, by name.

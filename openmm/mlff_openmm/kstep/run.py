@@ -44,7 +44,7 @@ from mlff_openmm.kstep.corrector import count_calls
 from mlff_openmm.kstep.drivers import NM, VELOCITY, JumpDynamics, Living, MetropolisSampler
 from mlff_openmm.kstep.hybrid import multiple_time_steps
 from mlff_openmm.kstep.prepare import Prepared, prepared_in
-from mlff_openmm.kstep.samples import Samples, load_true
+from mlff_openmm.kstep.samples import Samples
 from mlff_openmm.kstep.simulations import Recipe, Simulation, needs_jump, needs_student
 
 REFERENCE = "reference"
@@ -169,7 +169,7 @@ class _Starts:
 
     def _equilibrate(self, replica: int) -> tuple[FloatArray, FloatArray]:
         config = self.config
-        pdb, system = load_true(self.molecule)
+        pdb, system = self.molecule.load_moving()
         count_calls(system)
         seed = _seed(config, self.molecule.name, replica)
         step = 1e-3 * config.dt_fs

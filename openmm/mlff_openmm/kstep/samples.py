@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import numpy as np
 import openmm
-from openmm import app
 
 from mlff_engines.errors import SimulationError
 from mlff_engines.kstep.temperature import configurational
@@ -15,23 +13,12 @@ from mlff_engines.structure import FloatArray
 from mlff_engines.units import length_unit
 from mlff_openmm.kstep.corrector import STUDENT_GROUP
 from mlff_openmm.kstep.prepare import Prepared
-
-if TYPE_CHECKING:
-    from mlff_openmm.kstep.simulations import Recipe, Simulation
+from mlff_openmm.kstep.simulations import Recipe, Simulation
 
 NM = length_unit("nm")  # Å
 PROBE = 5e-4  # nm, of finite differences
 
 _contexts: dict[str, openmm.Context] = {}  # one for all runs of a molecule: it takes longer to make than a short run
-
-
-def load_true(molecule: Prepared) -> tuple[app.PDBFile, openmm.System]:
-    """Topology and System, the latter without removal of net momentum, which is a degree of freedom like any other."""
-    pdb, system = molecule.load()
-    for index in reversed(range(system.getNumForces())):
-        if isinstance(system.getForce(index), openmm.CMMotionRemover):
-            system.removeForce(index)
-    return pdb, system
 
 
 class TrueForces:
@@ -41,7 +28,7 @@ class TrueForces:
         key = molecule.record["sha256"]["system"]
         if key not in _contexts:
             platform = openmm.Platform.getPlatform("Reference")
-            _contexts[key] = openmm.Context(load_true(molecule)[1], openmm.VerletIntegrator(0.0), platform)
+            _contexts[key] = openmm.Context(molecule.load_moving()[1], openmm.VerletIntegrator(0.0), platform)
         self._context = _contexts[key]
 
     def __call__(self, x: FloatArray) -> tuple[float, FloatArray]:

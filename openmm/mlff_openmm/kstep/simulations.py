@@ -19,7 +19,6 @@ from mlff_openmm.kstep.drivers import NM, VELOCITY, JumpDynamics, Living, Metrop
 from mlff_openmm.kstep.hybrid import hybrid_integrator, multiple_time_steps
 from mlff_openmm.kstep.mmff import PAIRS
 from mlff_openmm.kstep.prepare import Prepared
-from mlff_openmm.kstep.samples import load_true
 
 HYDROGEN_MASS = 3.024  # amu, after repartitioning: three times its own
 JITTER = 0.2  # of the lengths of variant D: no resonance with a period
@@ -73,7 +72,7 @@ class Recipe:
 
     def system(self) -> tuple[app.PDBFile, openmm.System]:
         """The true one, with the masses of the variant."""
-        pdb, system = load_true(self.molecule)
+        pdb, system = self.molecule.load_moving()
         if self.variant.kind == "hmr":
             repartition(system, pdb.topology)
         return pdb, system

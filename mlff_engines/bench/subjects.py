@@ -50,6 +50,7 @@ PEERS = {
     "deepmd": Peer("deepmd_model.py", "deepmd"),
     "so3krates": Peer("so3lr_model.py", "so3krates"),
 }
+KERNELS = {"mlff-eager": "torch", "mlff-compiled": "compiled"}
 SAME_WEIGHTS = "mlff-schnetpack"
 TOLERANCE = 1e-5  # eV/Å, of forces in float32 with the same weights
 
@@ -63,6 +64,7 @@ def all_subjects(
     |----------------------------|---------------------------------------------------------------------------------|
     | `mlff`                     | the student alone: energy and forces, edges given; fused kernel                 |
     | `mlff-eager`               | the same in plain torch                                                         |
+    | `mlff-compiled`            | the same, compiled by torch itself (AOTInductor); made once, in a minute        |
     | `mlff/evaluator`           | positions in, energy, forces and virial out: with the neighbour list            |
     | `mlff/core`, `mlff/ase`, … | a whole step of molecular dynamics there                                        |
     | `schnetpack`, …            | another package's model alone, edges given where it takes them                  |
@@ -84,7 +86,8 @@ def all_subjects(
     folder.mkdir(parents=True, exist_ok=True)
     options = {"artifact": str((artifact or ours.default_student(folder)).absolute()), "folder": str(folder.absolute())}
     fused = Subject("mlff", "mlff_engines.bench.ours", options=options, environment={"MLFF_KERNEL": "fused"})
-    found = [fused, replace(fused, what="mlff-eager", environment={"MLFF_KERNEL": "torch"})]
+    found = [fused]
+    found += [replace(fused, what=what, environment={"MLFF_KERNEL": kernel}) for what, kernel in KERNELS.items()]
     found += [replace(fused, what=f"mlff/{level}", level=level) for level in ours.LEVELS[1:]]
     for name, peer_of in PEERS.items():
         python: Path | None = None

@@ -75,6 +75,12 @@ def test_unknown_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         assert said in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("alone")
+def test_one_student_by_every_kernel(tmp_path: Path) -> None:
+    found = {s.what: s.environment["MLFF_KERNEL"] for s in subjects.all_subjects(tmp_path) if "/" not in s.what}
+    assert found == {"mlff": "fused", "mlff-eager": "torch", "mlff-compiled": "compiled"}
+
+
 def test_patterns() -> None:
     found = [subjects.Subject(name) for name in ("mlff", "mlff/ase", "mlff-eager", "mace", "mace/ase")]
     assert [s.what for s in subjects.chosen(found, ["*/ase", "mlff"])] == ["mlff", "mlff/ase", "mace/ase"]

@@ -43,6 +43,15 @@ STEPS, FEW_STEPS, SLOW = 20, 5, 1.0  # s
 Work = Callable[[], Any]
 
 
+def kept(path: Path, make: Callable[[Path], Any]) -> Path:
+    """`path`, written by `make` unless it is there; under another name at first, so that nobody reads half of it."""
+    if not path.is_file():
+        temporary = path.with_name(f"{os.getpid()}-{path.name}")
+        make(temporary)
+        temporary.rename(path)
+    return path
+
+
 def measured(work: Work) -> tuple[float, float]:
     """Seconds of one call by the clock and of the processor."""
     wall, cpu = time.perf_counter(), time.process_time()

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -60,15 +61,17 @@ def config_file(tmp_path: Path) -> Callable[..., Path]:
 @contextmanager
 def running(*command: object) -> Iterator[subprocess.Popen[str]]:
     """A process in a session of its own, none of which is left behind."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        [str(part) for part in command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-        start_new_session=True,
-    ) as process:
+    with (
+        tempfile.TemporaryDirectory() as scratch,  # torchrun leaves a folder of logs
+        subprocess.Popen(
+            [str(part) for part in command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": scratch},
+            start_new_session=True,
+        ) as process,
+    ):
         children: list[psutil.Process] = []
         try:
             yield process

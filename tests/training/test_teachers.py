@@ -1,12 +1,9 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import gc
-import hashlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +22,7 @@ from tblite.ase import TBLite
 
 from mlff_engines.config import parse
 from mlff_engines.errors import ConfigError, StructureError, TeacherError
+from mlff_engines.foreign import environments
 from mlff_training.teachers.calculator import TeacherCalculator, checked, hessian_row
 from mlff_training.teachers.config import TeacherConfig
 from mlff_training.teachers.make import make_teacher
@@ -342,7 +340,6 @@ def test_digest_follows_the_contents_of_files(tmp_path: Path) -> None:
 
 # ---- a teacher in an environment of its own, for real ---------------------------------------------------------------
 
-REQUIREMENTS = ("torch==2.13.0", "mace-torch==0.3.16")
 # makes a model file and evaluates structures with it, without anything of ours
 DIRECT = """
     import json, sys
@@ -369,29 +366,9 @@ DIRECT = """
 """
 
 
-@pytest.fixture(scope="session")
-def mace_python() -> Path:
-    """The interpreter of a venv with MACE: made once, then kept in the user's cache."""
-    key = hashlib.sha256("\n".join((*REQUIREMENTS, sys.version)).encode()).hexdigest()[:12]
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mlff-engines" / "teachers"
-    cache.mkdir(parents=True, exist_ok=True)
-    home = cache / f"mace-{key}"
-    marker = home / "complete"
-    with (cache / f"mace-{key}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # another test process may be making it
-        if not marker.exists():
-            shutil.rmtree(home, ignore_errors=True)
-            subprocess.run([sys.executable, "-m", "venv", str(home)], check=True)
-            pip = [str(home / "bin" / "python"), "-m", "pip", "install", "--quiet", *REQUIREMENTS]
-            done = subprocess.run(pip, capture_output=True, text=True)
-            assert done.returncode == 0, f"{' '.join(pip)} failed:\n{done.stderr[-3000:]}"
-            (home / "complete.tmp").write_text("\n".join(REQUIREMENTS))
-            (home / "complete.tmp").replace(marker)
-    return home / "bin" / "python"
-
-
 @pytest.mark.slow
-def test_mace_in_an_environment_of_its_own(mace_python: Path, tmp_path: Path, opened: list[TeacherCalculator]) -> None:
+def test_mace_in_an_environment_of_its_own(tmp_path: Path, opened: list[TeacherCalculator]) -> None:
+    mace_python = environments.make("mace")
     model = tmp_path / "untrained.model"
     ethanol = molecule("CH3CH2OH")
     ethanol.rattle(0.05, seed=3)

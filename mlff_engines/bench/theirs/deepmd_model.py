@@ -15,7 +15,7 @@ warnings.filterwarnings("ignore")
 from deepmd.calculator import DP  # noqa: E402
 from deepmd.pt.model.model import get_model  # noqa: E402
 from deepmd.pt.utils.nlist import extend_input_and_build_neighbor_list  # noqa: E402
-from worker import ase_steps  # noqa: E402
+from worker import ase_steps, kept  # noqa: E402
 
 ELEMENTS = {1: "H", 6: "C", 8: "O"}
 CUTOFF = 6.0  # Å
@@ -49,14 +49,9 @@ def build():
     return model.eval()
 
 
-def file_of(folder):
-    """The frozen model."""
-    path = Path(folder) / "bench-se_e2_a.pth"
-    if not path.is_file():
-        temporary = path.with_name(f"{os.getpid()}-{path.name}")
-        torch.jit.save(torch.jit.script(build()), temporary)
-        temporary.rename(path)
-    return path
+def freeze(path):
+    """The frozen model into a file."""
+    torch.jit.save(torch.jit.script(build()), path)
 
 
 def open_subject(what, options):
@@ -66,7 +61,7 @@ def open_subject(what, options):
         "torch": torch.__version__,
         "model": f"se_e2_a, {CUTOFF:g} Å, compressed",
     }
-    path = file_of(options["folder"])
+    path = kept(Path(options["folder"]) / "bench-se_e2_a.pth", freeze)
     if what == "ase":
         calculator = DP(path)
         return lambda system: ase_steps(calculator, system), about

@@ -5,7 +5,6 @@ By default NequIP has l = 1, 64 features, 3 layers, 5 Å; Allegro l = 1, 64 scal
 
 import hashlib
 import json
-import os
 import warnings
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from nequip.nn.compile import DictInputOutputWrapper  # noqa: E402
 from nequip.scripts._compile_utils import COMPILE_TARGET_DICT  # noqa: E402
 from nequip.utils.aot import aot_export_model  # noqa: E402
 from nequip.utils.global_state import set_global_state  # noqa: E402
-from worker import ase_steps  # noqa: E402
+from worker import ase_steps, kept  # noqa: E402
 
 SIZES = {
     "nequip": {"num_layers": 3, "l_max": 1, "parity": True, "num_features": 64},
@@ -97,10 +96,10 @@ def predict(model, batch):
 
 def compiled(options, path):
     """The model compiled for this machine; minutes when it is not there yet."""
-    if not path.is_file():
+
+    def compile_into(path):
         example = molecule("CH3CH2OH", cell=[9.0, 9.0, 9.0], pbc=True)
         shapes = {name: torch.export.Dim(name, min=2) for name in ("graph", "node", "edge")}
-        temporary = path.with_name(f"{os.getpid()}-{path.name}")
         aot_export_model(
             build(options).eval(),
             "cpu",
@@ -108,10 +107,10 @@ def compiled(options, path):
             TARGET["output"],
             TARGET["data_settings"](of_atoms(example, options.get("facts", FACTS)["elements"])),
             TARGET["batch_map_settings"](shapes),
-            str(temporary),
+            str(path),
         )
-        temporary.rename(path)
-    package = torch._inductor.aoti_load_package(str(path))
+
+    package = torch._inductor.aoti_load_package(str(kept(path, compile_into)))
     return DictInputOutputWrapper(package, TARGET["input"], TARGET["output"]).eval()
 
 

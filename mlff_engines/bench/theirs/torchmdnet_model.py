@@ -1,6 +1,5 @@
 """TorchMD-Net: TensorNet with 128 channels and two layers, 5 Å, through its Warp operators; untrained."""
 
-import os
 import warnings
 from importlib.metadata import version
 from pathlib import Path
@@ -11,7 +10,7 @@ warnings.filterwarnings("ignore")
 
 from torchmdnet.calculators import TMDNETCalculator  # noqa: E402
 from torchmdnet.models.model import create_model  # noqa: E402
-from worker import ase_steps  # noqa: E402
+from worker import ase_steps, kept  # noqa: E402
 
 SETTINGS = {
     "model": "tensornet",
@@ -53,15 +52,10 @@ class Calculator(TMDNETCalculator):
         super().calculate(atoms, properties, system_changes)
 
 
-def file_of(folder):
+def checkpoint(path):
     """The untrained model as TorchMD-Net's trainer leaves it."""
-    path = Path(folder) / "bench-tensornet.ckpt"
-    if not path.is_file():
-        state = {f"model.{name}": value for name, value in build().state_dict().items()}
-        temporary = path.with_name(f"{os.getpid()}-{path.name}")
-        torch.save({"hyper_parameters": SETTINGS, "state_dict": state}, temporary)
-        temporary.rename(path)
-    return path
+    state = {f"model.{name}": value for name, value in build().state_dict().items()}
+    torch.save({"hyper_parameters": SETTINGS, "state_dict": state}, path)
 
 
 def open_subject(what, options):
@@ -72,7 +66,7 @@ def open_subject(what, options):
         "model": "TensorNet 128x2, 5 Å; alone it finds its own neighbours, of N² pairs",
     }
     if what == "ase":
-        calculator = Calculator(str(file_of(options["folder"])))
+        calculator = Calculator(str(kept(Path(options["folder"]) / "bench-tensornet.ckpt", checkpoint)))
         return lambda system: ase_steps(calculator, system), about
     model = build()
     for parameter in model.parameters():

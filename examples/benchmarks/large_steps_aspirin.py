@@ -1,0 +1,184 @@
+"""Large steps with a dear potential: aspirin by GFN2-xTB in ASE, wall-clock and energy drift beside Verlet's.
+
+python examples/benchmarks/large_steps_aspirin.py student.pt -o runs/large_steps_aspirin
+
+The student is one of GFN2-xTB for aspirin; examples/benchmarks/same_accuracy.py makes one. From each start every
+scheme runs at constant energy, in turns of `TURN` fs, so that whatever else the machine does hits all alike. Repeat the
+command to go on after an interruption: starts that are done are kept.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ase import Atoms, units
+from ase.md.velocitydistribution import thermalize_momenta
+
+from mlff_ase import KStepDynamics, MLFFCalculator
+from mlff_engines.bench.page import fill, machine
+from mlff_engines.bench.systems import named
+from mlff_engines.errors import ConfigError, SimulationError
+from mlff_engines.files import replacing, sha256_of
+from mlff_training.teachers.config import TeacherConfig
+from mlff_training.teachers.make import make_teacher
+
+SECTION = "large steps, aspirin"
+TEMPERATURE = 300.0  # K
+SETTLING = 5000.0  # fs, by the student
+TURN = 480.0  # fs: whole macro-steps of every scheme
+VERLET = "Verlet"
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Variant C, or with a macro-step of one inner step velocity Verlet, whatever the student.
+
+    Attributes:
+        inner, macro: fs.
+        rigid: bonds to hydrogen are constrained.
+    """
+
+    inner: float
+    macro: float
+    rigid: bool = True
+
+    @property
+    def name(self) -> str:
+        kind = VERLET if self.inner == self.macro else "C"
+        return f"{kind} {self.macro:g} fs, {'bonds to H rigid' if self.rigid else 'all free'}"
+
+
+SCHEMES = [
+    *(Scheme(h, h, rigid=False) for h in (0.5, 1.0)),
+    *(Scheme(h, h) for h in (1.0, 2.0, 3.0)),
+    *(Scheme(0.5, macro, rigid=False) for macro in (2.0, 3.0)),
+    *(Scheme(1.0, macro) for macro in (4.0, 6.0, 8.0)),
+]
+
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser.add_argument("student", type=Path)
+parser.add_argument("-o", "--out", type=Path, default=Path("runs/large_steps_aspirin"))
+parser.add_argument("--starts", type=int, default=4)
+parser.add_argument("--picoseconds", type=float, default=10.0, help="of each scheme from each start")
+parser.add_argument("--page", type=Path, help="put the table between the markers of this page")
+
+
+def started(student: Path, seed: int) -> Atoms:
+    """Aspirin at `TEMPERATURE`, as far as the student knows."""
+    structure = named("aspirin").structure
+    atoms = Atoms(structure.numbers, structure.positions, calculator=MLFFCalculator(student))
+    thermalize_momenta(atoms, temperature_K=TEMPERATURE, rng=np.random.default_rng(seed))
+    settling = KStepDynamics(
+        atoms, units.fs, student, steps=1, temperature_K=TEMPERATURE, friction=0.01 / units.fs, constraints="hbonds",
+        seed=seed,
+    )  # fmt: skip
+    settling.run(round(SETTLING))
+    atoms.set_constraint()
+    return atoms
+
+
+def run_all(student: Path, seed: int, length: float) -> dict[str, dict[str, Any]]:
+    """Of each scheme: time in fs and true total energy in eV after every macro-step; seconds and true calls per ps."""
+    begin = started(student, seed)
+    found: dict[str, dict[str, Any]] = {
+        s.name: {"time": [], "energy": [], "seconds": 0.0, "problem": ""} for s in SCHEMES
+    }
+    running: dict[str, KStepDynamics] = {}
+    for scheme in SCHEMES:
+        atoms = begin.copy()
+        atoms.calc = make_teacher(TeacherConfig(name="gfn2-xtb"))
+        try:
+            running[scheme.name] = KStepDynamics(
+                atoms, scheme.inner * units.fs, student, steps=round(scheme.macro / scheme.inner),
+                constraints="hbonds" if scheme.rigid else "none",
+            )  # fmt: skip
+        except ConfigError as error:  # a macro-step that is refused is a result
+            found[scheme.name]["problem"] = f"refused: {error}"
+    turns = round(1e3 * length / TURN)
+    for turn in range(turns):
+        for scheme in SCHEMES:
+            dynamics, record = running.get(scheme.name), found[scheme.name]
+            if dynamics is None:
+                continue
+            begun = time.perf_counter()
+            try:
+                for _ in range(round(TURN / scheme.macro)):
+                    dynamics.run(1)
+                    record["time"].append(dynamics.get_time() / units.fs)
+                    record["energy"].append(dynamics.atoms.get_total_energy())  # known: no call
+            except SimulationError as error:
+                record["problem"] = f"failed after {dynamics.get_time() / units.fs:.0f} fs: {error}"
+                del running[scheme.name]
+            record["seconds"] += time.perf_counter() - begun
+            record["calls"] = dynamics.meter.by_purpose["dynamics"]
+        print(f"start {seed}: {(turn + 1) * TURN / 1e3:.2f} of {turns * TURN / 1e3:.2f} ps", flush=True)
+    return found
+
+
+def summary(scheme: Scheme, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Drift in meV/atom/ps and its standard error over the starts, rms fluctuation about it in meV; costs per ps."""
+    problems = [run["problem"] for run in runs if run["problem"]]
+    if problems:
+        return {"scheme": scheme.name, "problem": problems[0]}
+    atoms = len(named("aspirin").structure)
+    fits = [np.polynomial.Polynomial.fit(run["time"], run["energy"], 1) for run in runs]
+    slopes = np.array([1e6 * fit.convert().coef[1] / atoms for fit in fits])
+    residues = [np.std(run["energy"] - fit(np.array(run["time"]))) for run, fit in zip(runs, fits, strict=True)]
+    picoseconds = sum(run["time"][-1] for run in runs) / 1e3
+    return {
+        "scheme": scheme.name,
+        "drift": float(slopes.mean()),
+        "error": float(slopes.std(ddof=1) / np.sqrt(len(runs))) if len(runs) > 1 else float("nan"),
+        "fluctuation": 1e3 * float(np.mean(residues)),
+        "seconds": sum(run["seconds"] for run in runs) / picoseconds,
+        "calls": sum(run["calls"] for run in runs) / picoseconds,
+    }
+
+
+def table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Of `summary`, and how much faster than the first scheme each is."""
+    lines = [
+        "| scheme | true calls per ps | s per ps | speed-up | drift, meV/atom/ps | fluctuation of the energy, meV |",
+        "|---|---|---|---|---|---|",
+    ]
+    slowest = max(row.get("seconds", 0.0) for row in rows)
+    for row in rows:
+        if "problem" in row:
+            lines.append(f"| {row['scheme']} | | | | {row['problem'].split('. ')[0]} | |")
+            continue
+        lines.append(
+            f"| {row['scheme']} | {row['calls']:.0f} | {row['seconds']:.1f} | {slowest / row['seconds']:.1f} "
+            f"| {row['drift']:.2f} ± {row['error']:.2f} | {row['fluctuation']:.1f} |"
+        )
+    return lines
+
+
+def main() -> None:
+    """Run what is missing, then tell."""
+    arguments = parser.parse_args()
+    wanted = {"student": sha256_of(arguments.student), "picoseconds": arguments.picoseconds}
+    runs = []
+    for seed in range(arguments.starts):
+        file = arguments.out / f"start-{seed}.json"
+        made = json.loads(file.read_text()) if file.is_file() else {}
+        if made.get("settings") != wanted:
+            made = {"settings": wanted, "runs": run_all(arguments.student, seed, arguments.picoseconds)}
+            with replacing(file) as temporary:
+                temporary.write_text(json.dumps(made))
+        runs.append(made["runs"])
+    rows = [summary(scheme, [run[scheme.name] for run in runs]) for scheme in SCHEMES]
+    with replacing(arguments.out / "report.json") as temporary:
+        temporary.write_text(json.dumps({"settings": wanted, "starts": arguments.starts, "rows": rows}, indent=1))
+    lines = table(rows)
+    print("\n".join(lines))
+    if arguments.page is not None:
+        fill(arguments.page, SECTION, "\n".join([machine(), "", *lines]))
+
+
+if __name__ == "__main__":
+    main()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Callable
@@ -96,11 +97,12 @@ class Evaluator:
         if close:
             self._check_distances(structure, index, edge_vec)
         energies = out["node_energy"].cpu().numpy()
-        if not (finite and np.isfinite(energies).all()):
+        energy = float(energies.sum())
+        if not (finite and math.isfinite(energy)):
             self._report_not_finite(structure, energies, forces.cpu().numpy())
         volume, total_virial = structure.volume, virial.cpu().numpy()
         return Result(
-            energy=float(energies.sum()),
+            energy=energy,
             energies=energies,
             forces=forces.cpu().numpy(),
             virial=total_virial,

@@ -118,6 +118,7 @@ class VerletList:
         self._shift: FloatArray = np.zeros((0, 3))
         self._offset: FloatArray | None = None
         self._offset_cell = b""  # that the offsets are made of
+        self._periodic = False
 
     def update(self, structure: Structure) -> tuple[IntArray, FloatArray]:
         """edge_index (2, E) and edge_vec (E, 3) in Å of all pairs closer than the cutoff; see `neighbor_list`."""
@@ -127,7 +128,7 @@ class VerletList:
             self._pairs, self._shift = candidates(
                 structure.positions, structure.cell, structure.pbc, self.cutoff + self.skin
             )
-            self._offset, self._offset_cell = None, b""
+            self._offset, self._offset_cell, self._periodic = None, b"", bool(structure.pbc.any())
             # a copy, for the caller may move its own atoms
             self._reference = replace(structure, positions=structure.positions.copy())
             self.builds += 1
@@ -137,7 +138,7 @@ class VerletList:
 
     def _edges(self, structure: Structure, reach: float) -> tuple[IntArray, FloatArray] | None:
         assert self._reference is not None
-        if (cell := structure.cell.tobytes()) != self._offset_cell and structure.pbc.any():
+        if self._periodic and (cell := structure.cell.tobytes()) != self._offset_cell:
             self._offset, self._offset_cell = self._shift @ structure.cell, cell
         return self._near(structure.positions, self._reference.positions, reach, self._pairs, self._offset, self.cutoff)
 
@@ -148,7 +149,7 @@ class VerletList:
             return -1.0
         if old.numbers.tobytes() != structure.numbers.tobytes():
             return -1.0
-        if old.cell.tobytes() == structure.cell.tobytes() or not structure.pbc.any():
+        if not self._periodic or old.cell.tobytes() == structure.cell.tobytes():
             return self.skin / 2
         new_cell, old_cell = (_complete_cell(s.cell, s.pbc) for s in (structure, old))
         deformation = np.linalg.solve(old_cell, new_cell)

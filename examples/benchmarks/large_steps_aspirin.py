@@ -54,7 +54,7 @@ class Scheme:
 
 
 SCHEMES = [
-    *(Scheme(h, h, rigid=False) for h in (0.5, 1.0)),
+    Scheme(1.0, 1.0, rigid=False),
     *(Scheme(h, h) for h in (1.0, 2.0, 3.0)),
     *(Scheme(0.5, macro, rigid=False) for macro in (2.0, 3.0)),
     *(Scheme(1.0, macro) for macro in (4.0, 6.0, 8.0)),
@@ -146,13 +146,13 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
         "| scheme | true calls per ps | s per ps | speed-up | drift, meV/atom/ps | fluctuation of the energy, meV |",
         "|---|---|---|---|---|---|",
     ]
-    slowest = max(row.get("seconds", 0.0) for row in rows)
+    plain = rows[0]["seconds"]
     for row in rows:
         if "problem" in row:
             lines.append(f"| {row['scheme']} | | | | {row['problem'].split('. ')[0]} | |")
             continue
         lines.append(
-            f"| {row['scheme']} | {row['calls']:.0f} | {row['seconds']:.1f} | {slowest / row['seconds']:.1f} "
+            f"| {row['scheme']} | {row['calls']:.0f} | {row['seconds']:.1f} | {plain / row['seconds']:.1f} "
             f"| {row['drift']:.2f} ± {row['error']:.2f} | {row['fluctuation']:.1f} |"
         )
     return lines

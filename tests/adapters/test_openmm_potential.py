@@ -22,7 +22,7 @@ from mlff_engines.structure import Result, Structure
 from mlff_engines.units import ENERGY
 from mlff_engines.validation.result import Claims
 from mlff_engines.validation.static.parity import reference
-from requirements import REPOSITORY, require_engine
+from requirements import REPOSITORY, require_engine, require_platform
 
 require_engine("openmm")
 
@@ -174,14 +174,22 @@ def test_constraints_of_the_ml_atoms_go_unless_kept(potential: MLPotential, solv
     assert kept.getNumConstraints() == all_of_them
 
 
-def test_mixed_dynamics_conserves_energy(potential: MLPotential, solvated: Solvated) -> None:
-    """On the CPU platform, where the force is called from a thread of OpenMM's."""
+@pytest.mark.parametrize("name", ["CPU", "OpenCL", "CUDA"])
+def test_mixed_dynamics_conserves_energy(potential: MLPotential, solvated: Solvated, name: str) -> None:
+    """On the platforms that call the force from a thread of their own."""
+    require_platform(name)
     topology, classical, positions = solvated
     system = potential.createMixedSystem(topology, classical, PEPTIDE)
-    platform = openmm.Platform.getPlatform("CPU")
-    context = openmm.Context(system, openmm.VerletIntegrator(0.0002), platform, {"Threads": "1"})
-    context.setPositions(positions)
-    openmm.LocalEnergyMinimizer.minimize(context, 100.0, 30)
+
+    def started(name: str, positions: Any, **options: str) -> openmm.Context:
+        integrator = openmm.VerletIntegrator(0.0002)
+        context = openmm.Context(system, integrator, openmm.Platform.getPlatform(name), options)
+        context.setPositions(positions)
+        return context
+
+    relaxed = started("CPU", positions, Threads="1")  # OpenMM's own minimiser ends the process on OpenCL by pocl
+    openmm.LocalEnergyMinimizer.minimize(relaxed, 100.0, 30)
+    context = started(name, relaxed.getState(positions=True).getPositions())
     context.setVelocitiesToTemperature(300, 1)
     context.getIntegrator().step(5)
     totals = []

@@ -111,14 +111,15 @@ def test_only_what_the_variants_need_is_called(tmp_path: Path) -> None:
         run_stages(missing, tmp_path, tmp_path / "other", lambda *_: None)
 
 
-def test_example_files_are_read() -> None:
+@pytest.mark.parametrize("file", [EXAMPLE, EXAMPLE.parent / "benchmarks" / "large_steps.yaml"], ids=lambda f: f.stem)
+def test_example_files_are_read(file: Path) -> None:
     """The configurations that ship are complete and spelled right."""
     from mlff_engines.config import load_yaml, parse
     from mlff_openmm.kstep.config import MDConfig, RunConfig
     from mlff_training.kstep.config import JumpModelConfig, JumpTrainConfig
     from mlff_training.kstep.student import TrajectoryStudentConfig
 
-    config = load_yaml(PipelineConfig, EXAMPLE)
+    config = load_yaml(PipelineConfig, file)
     kinds = {"md": MDConfig, "model": JumpModelConfig, "train": JumpTrainConfig, "student": TrajectoryStudentConfig}
     for name, kind in (kinds | {"run": RunConfig}).items():
         parse(kind, getattr(config, name), name)  # type: ignore[type-var]

@@ -34,7 +34,7 @@ from mlff_lammps.mliap import write_mliap
 from mlff_lammps.plugin import build_plugin
 from mlff_lammps.run import Installation, built, stock
 
-STEPS = {8: 2, 64: 20, 512: 6, 4096: 3}  # by number of molecules
+STEPS = {8: 100, 64: 20, 512: 6, 4096: 3}  # by number of molecules
 TIMESTEP, SKIN = 0.5, 1.0  # fs, Å
 
 

@@ -171,6 +171,7 @@ def test_cost_per_step(home: Path) -> None:
     rows = [line.split("|")[1:-1] for line in done.stdout.splitlines() if line.startswith("| 24 ")]
     assert [row[1].strip() for row in rows] == ["artifact", "`pair_style mlff`", "`pair_style mliap`"]
     costs = np.array([[float(cell) for cell in row[2:]] for row in rows])
-    assert (costs > 0).all()
+    assert np.isfinite(costs).all()
+    assert (costs[:, [0, 1, -1]] > 0).all()  # processes, ghost factor, wall time; some kernels count CPU time by ticks
     assert costs[0, 1] == costs[1, 1] == 1.0  # the plug-in folds its ghosts
     assert costs[2, 1] > 5

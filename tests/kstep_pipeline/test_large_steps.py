@@ -141,6 +141,15 @@ def test_atoms_far_away_are_counted_in_the_last_bin(reference: Run, replicate: R
     assert result.verdict != "pass"
 
 
+def test_a_molecule_that_fell_apart_has_failed(reference: Run, replicate: Run) -> None:
+    """Though its positions are finite, and few frames show it."""
+    apart = sampled(20)
+    apart.positions[2, -3:, 3] += 1.0  # the hydroxyl's hydrogen
+    [result] = [r for r in judge(apart, reference, replicate) if r.code == "K1"]
+    assert (result.verdict, result.figure) == ("fail", 1)
+    assert result.detail == f"replica 2 broke the bond of atoms 2 and 3 after {apart.times[-3]:.3g} ps"
+
+
 def test_velocities_drawn_at_random_are_no_evidence(reference: Run, replicate: Run) -> None:
     found = verdicts(sampled(11, draws_velocities=True), reference, replicate)
     assert set(found) == {"K1", "K3", "K5", "K6", "K7"}  # K3: of the configurations

@@ -2,7 +2,7 @@
 
 | code | gate                  | figure                                                                      |
 |------|-----------------------|-----------------------------------------------------------------------------|
-| K1   | the run               | replicas that failed or were refused                                        |
+| K1   | the run               | replicas that failed, were refused or broke a bond                          |
 | K2   | NVE drift             | median over replicas of the slope of the true energy, kJ/mol/ps/atom        |
 | K3   | temperatures          | deviation of the kinetic and the configurational one from that asked for    |
 | K4   | equipartition         | the same of elements, heavy atoms, translation, rotation and inner motion   |
@@ -61,6 +61,7 @@ LEAST_REPLICAS, LEAST_NVE = 5, 100.0  # ps; less never passes
 LEAST_FRAMES = 4  # of a replica, to know a correlation by
 CORE = 30.0  # degrees about the top of a basin
 BASIN = 0.1  # of the highest top: lower ones are none
+BROKEN = 1.5  # times the mean length of a bond in the reference
 BURN_IN = 0.1  # of each replica: starts are in equilibrium already, but in that of the reference
 
 
@@ -110,7 +111,11 @@ def judge(run: Run, reference: Run, replicate: Run | None) -> list[CheckResult]:
     Args:
         replicate: the reference once more, with other noise, for the null; None: no divergence can pass or fail.
     """
-    results = [_completes(run)]
+    try:
+        bonded = _bonded(reference)
+    except StructureError:  # an element without a radius
+        bonded = None
+    results = [_completes(run, reference, bonded)]
     asked = [code for code in THRESHOLDS if not (run.draws_velocities and code in ("K2", "K4", "K8"))]
     if run.positions.shape[1] < LEAST_FRAMES:
         detail = f"{run.positions.shape[1]} frames; {LEAST_FRAMES} are needed: run longer"
@@ -121,9 +126,7 @@ def judge(run: Run, reference: Run, replicate: Run | None) -> list[CheckResult]:
     if run.nve and "K2" in asked:
         results.append(_drift(run, reference))
     results += _temperatures(run)
-    try:
-        bonded = _bonded(reference)
-    except StructureError:  # an element without a radius
+    if bonded is None:
         return results
     others = [reference, *([] if replicate is None else [replicate])]
     kinds = kinds_of(run.numbers, bonded, reference.constraints, [run.kept, *(one.kept for one in others)])
@@ -221,11 +224,28 @@ def _too_few(count: int) -> list[str]:
     return [] if count >= LEAST_REPLICAS else [f"{count} replicas; {LEAST_REPLICAS} are needed"]
 
 
-def _completes(run: Run) -> CheckResult:
+def _completes(run: Run, reference: Run, bonded: Topology | None) -> CheckResult:
     replicas = max(len(run.positions), len(run.problems))
-    detail = "; ".join(f"replica {n} {text}" for n, text in sorted(run.problems.items())) or f"{replicas} replicas"
-    verdict: Verdict = "fail" if run.problems else "pass"
-    return CheckResult("K1", NAMES["K1"], verdict, float(len(run.problems)), 0.0, detail)
+    problems = dict(run.problems)
+    if bonded is not None and len(bonded.bonds):
+        usual = _lengths(reference, bonded.bonds).mean((0, 1))
+        for replica, lengths in enumerate(_lengths(run, bonded.bonds)):
+            broken = np.argwhere(~(lengths < BROKEN * usual))
+            if len(broken):
+                frame, bond = broken[0]
+                pair = " and ".join(str(atom) for atom in bonded.bonds[bond])
+                problems.setdefault(replica, f"broke the bond of atoms {pair} after {run.times[frame]:.3g} ps")
+    detail = "; ".join(f"replica {n} {text}" for n, text in sorted(problems.items())) or f"{replicas} replicas"
+    verdict: Verdict = "fail" if problems else "pass"
+    return CheckResult("K1", NAMES["K1"], verdict, float(len(problems)), 0.0, detail)
+
+
+def _lengths(run: Run, bonds: IntArray) -> FloatArray:
+    """Å (R, T, B)."""
+    lengths: FloatArray = np.linalg.norm(
+        run.positions[..., bonds[:, 0], :] - run.positions[..., bonds[:, 1], :], axis=-1
+    )
+    return lengths
 
 
 def _drift(run: Run, reference: Run) -> CheckResult:

@@ -138,6 +138,10 @@ def test_jumps_that_cannot_be_used_are_refused(ethanol: Prepared) -> None:
     with pytest.raises(SimulationError, match="onto the constraints"):
         jumping(ethanol, collapsing, steps=4).step()
 
+    dynamics = jumping(ethanol, lambda x, v: Displacement(np.zeros_like(x), np.full_like(x, 1e300)), steps=4)
+    with pytest.raises(SimulationError, match="atom 0 is not finite, and of 8 more: the jump before"):
+        dynamics.step(2)
+
 
 def test_the_artifact_of_a_jump_runs_only_as_it_was_made(ethanol: Prepared, tmp_path: Path) -> None:
     artifact = tmp_path / "jump.pt"

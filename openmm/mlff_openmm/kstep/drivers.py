@@ -118,7 +118,8 @@ class JumpDynamics(Living):
 
     Raises:
         ConfigError: bad arguments, or a jump made for another time step, k, masses or constraints.
-        SimulationError: when run: a jump that is not finite, or that cannot be brought back onto the constraints.
+        SimulationError: when run: positions, velocities or a jump that are not finite, or a jump that cannot be brought
+            back onto the constraints.
     """
 
     def __init__(
@@ -163,6 +164,12 @@ class JumpDynamics(Living):
         """Macro-steps."""
         for _ in range(count):
             x, v = self.state()
+            bad = np.flatnonzero(~(np.isfinite(x).all(1) & np.isfinite(v).all(1)))
+            if len(bad):  # here, since no network can be asked for a jump from there
+                raise SimulationError(
+                    f"position or velocity of atom {bad[0]} is not finite, and of {len(bad) - 1} more: the jump before led "
+                    "to true forces beyond all bounds. Use shorter jumps, or train the jump further"
+                )
             v = self._noise(x, v)
             displacement = self._jump(x, v)
             if displacement.clamped:

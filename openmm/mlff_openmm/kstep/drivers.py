@@ -15,8 +15,8 @@ import numpy as np
 import openmm
 from openmm import app, unit
 
-from mlff_engines.errors import ConfigError, SimulationError, suggest
-from mlff_engines.kstep.jumps import Corrector, Jump, land
+from mlff_engines.errors import ConfigError, SimulationError, StructureError, suggest
+from mlff_engines.kstep.jumps import Corrector, Displacement, Jump, land
 from mlff_engines.kstep.metropolis import LengthAdaptation, jittered, metropolis
 from mlff_engines.kstep.particles import Bath, Particles
 from mlff_engines.structure import FloatArray, Structure
@@ -118,8 +118,8 @@ class JumpDynamics(Living):
 
     Raises:
         ConfigError: bad arguments, or a jump made for another time step, k, masses or constraints.
-        SimulationError: when run: positions, velocities or a jump that are not finite, or a jump that cannot be brought
-            back onto the constraints.
+        SimulationError: when run: positions that no jump can be asked for, a jump that is not finite, or that cannot be
+            brought back onto the constraints.
     """
 
     def __init__(
@@ -164,12 +164,6 @@ class JumpDynamics(Living):
         """Macro-steps."""
         for _ in range(count):
             x, v = self.state()
-            bad = np.flatnonzero(~(np.isfinite(x).all(1) & np.isfinite(v).all(1)))
-            if len(bad):  # here, since no network can be asked for a jump from there
-                raise SimulationError(
-                    f"position or velocity of atom {bad[0]} is not finite, and of {len(bad) - 1} more: the jump before led "
-                    "to true forces beyond all bounds. Use shorter jumps, or train the jump further"
-                )
             v = self._noise(x, v)
             displacement = self._jump(x, v)
             if displacement.clamped:
@@ -197,7 +191,14 @@ class JumpDynamics(Living):
         learned = LearnedJump.load(path)
         numbers = np.array([atom.element.atomic_number for atom in topology.atoms()])
         learned.require(numbers, self.particles.masses, 1e3 * self.dt, self.steps, self._constraints(topology))
-        return lambda x, v: learned(Structure(numbers, x), v, temperature)
+
+        def jump(x: FloatArray, v: FloatArray) -> Displacement:
+            try:
+                return learned(Structure(numbers, x), v, temperature)
+            except StructureError as error:  # not finite, or beyond all bounds: elements are known here
+                raise SimulationError(f"{error}. Use shorter jumps, or train the jump further") from error
+
+        return jump
 
     def _constraints(self, topology: app.Topology) -> str:
         """As the manifest of a jump calls them."""

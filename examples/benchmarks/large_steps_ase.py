@@ -1,10 +1,11 @@
-"""Large steps with a dear potential: aspirin by GFN2-xTB in ASE, wall-clock and energy drift beside Verlet's.
+"""Large steps with a dear potential in ASE: wall-clock and energy drift beside Verlet's.
 
-python examples/benchmarks/large_steps_aspirin.py student.pt -o runs/large_steps_aspirin
+python examples/benchmarks/large_steps_ase.py student.pt                                       (aspirin by GFN2-xTB)
+python examples/benchmarks/large_steps_ase.py small.pt --system water-192 --true large.pt      (a box of water)
 
-The student is one of GFN2-xTB for aspirin; examples/benchmarks/same_accuracy.py makes one. From each start every
-scheme runs at constant energy, in turns of `TURN` fs, so that whatever else the machine does hits all alike. Repeat the
-command to go on after an interruption: starts that are done are kept.
+The student is one of the true potential; examples/benchmarks/same_accuracy.py makes one of GFN2-xTB for aspirin. From
+each start every scheme runs at constant energy, in turns of `TURN` fs, so that whatever else the machine does hits all
+alike. Repeat the command to go on after an interruption: starts that are done are kept.
 """
 
 import argparse
@@ -16,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from ase import Atoms, units
+from ase.calculators.calculator import Calculator
 from ase.md.velocitydistribution import thermalize_momenta
 
 from mlff_ase import KStepDynamics, MLFFCalculator
@@ -27,7 +30,6 @@ from mlff_engines.files import replacing, sha256_of
 from mlff_training.teachers.config import TeacherConfig
 from mlff_training.teachers.make import make_teacher
 
-SECTION = "large steps, aspirin"
 TEMPERATURE = 300.0  # K
 SETTLING = 5000.0  # fs, by the student
 TURN = 480.0  # fs: whole macro-steps of every scheme
@@ -62,16 +64,31 @@ SCHEMES = [
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("student", type=Path)
-parser.add_argument("-o", "--out", type=Path, default=Path("runs/large_steps_aspirin"))
+parser.add_argument("--system", default="aspirin", help="or water-N with N atoms")
+parser.add_argument("--true", type=Path, help="artifact of the true potential; default: GFN2-xTB")
+parser.add_argument("-o", "--out", type=Path, help="default: runs/large_steps_SYSTEM")
 parser.add_argument("--starts", type=int, default=4)
 parser.add_argument("--picoseconds", type=float, default=10.0, help="of each scheme from each start")
 parser.add_argument("--page", type=Path, help="put the table between the markers of this page")
 
 
-def started(student: Path, seed: int) -> Atoms:
-    """Aspirin at `TEMPERATURE`, as far as the student knows."""
-    structure = named("aspirin").structure
-    atoms = Atoms(structure.numbers, structure.positions, calculator=MLFFCalculator(student))
+def section(system: str) -> str:
+    """Of the page."""
+    return f"large steps, {system}"
+
+
+def true_potential(artifact: Path | None) -> Calculator:
+    """A new one for each run: calculators remember."""
+    if artifact is None:
+        return make_teacher(TeacherConfig(name="gfn2-xtb"))
+    return MLFFCalculator(artifact, outside="ignore")
+
+
+def started(system: str, student: Path, seed: int) -> Atoms:
+    """At `TEMPERATURE`, as far as the student knows."""
+    structure = named(system).structure
+    atoms = Atoms(structure.numbers, structure.positions, cell=structure.cell, pbc=structure.pbc)
+    atoms.calc = MLFFCalculator(student, outside="ignore")
     thermalize_momenta(atoms, temperature_K=TEMPERATURE, rng=np.random.default_rng(seed))
     settling = KStepDynamics(
         atoms, units.fs, student, steps=1, temperature_K=TEMPERATURE, friction=0.01 / units.fs, constraints="hbonds",
@@ -82,16 +99,16 @@ def started(student: Path, seed: int) -> Atoms:
     return atoms
 
 
-def run_all(student: Path, seed: int, length: float) -> dict[str, dict[str, Any]]:
-    """Of each scheme: time in fs and true total energy in eV after every macro-step; seconds and true calls per ps."""
-    begin = started(student, seed)
+def run_all(system: str, true: Path | None, student: Path, seed: int, length: float) -> dict[str, dict[str, Any]]:
+    """Of each scheme: time in fs and true total energy in eV after every macro-step; seconds and true calls in all."""
+    begin = started(system, student, seed)
     found: dict[str, dict[str, Any]] = {
         s.name: {"time": [], "energy": [], "seconds": 0.0, "problem": ""} for s in SCHEMES
     }
     running: dict[str, KStepDynamics] = {}
     for scheme in SCHEMES:
         atoms = begin.copy()
-        atoms.calc = make_teacher(TeacherConfig(name="gfn2-xtb"))
+        atoms.calc = true_potential(true)
         try:
             running[scheme.name] = KStepDynamics(
                 atoms, scheme.inner * units.fs, student, steps=round(scheme.macro / scheme.inner),
@@ -120,12 +137,11 @@ def run_all(student: Path, seed: int, length: float) -> dict[str, dict[str, Any]
     return found
 
 
-def summary(scheme: Scheme, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def summary(scheme: Scheme, runs: Sequence[dict[str, Any]], atoms: int) -> dict[str, Any]:
     """Drift in meV/atom/ps and its standard error over the starts, rms fluctuation about it in meV; costs per ps."""
     problems = [run["problem"] for run in runs if run["problem"]]
     if problems:
         return {"scheme": scheme.name, "problem": problems[0]}
-    atoms = len(named("aspirin").structure)
     fits = [np.polynomial.Polynomial.fit(run["time"], run["energy"], 1) for run in runs]
     slopes = np.array([1e6 * fit.convert().coef[1] / atoms for fit in fits])
     residues = [np.std(run["energy"] - fit(np.array(run["time"]))) for run, fit in zip(runs, fits, strict=True)]
@@ -161,23 +177,28 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
 def main() -> None:
     """Run what is missing, then tell."""
     arguments = parser.parse_args()
-    wanted = {"student": sha256_of(arguments.student), "picoseconds": arguments.picoseconds}
+    torch.set_num_threads(1)
+    system, student, true, length = arguments.system, arguments.student, arguments.true, arguments.picoseconds
+    out = arguments.out or Path("runs") / f"large_steps_{system}"
+    wanted = {"system": system, "student": sha256_of(student), "picoseconds": length}
+    wanted["true"] = "GFN2-xTB" if true is None else sha256_of(true)
     runs = []
     for seed in range(arguments.starts):
-        file = arguments.out / f"start-{seed}.json"
+        file = out / f"start-{seed}.json"
         made = json.loads(file.read_text()) if file.is_file() else {}
         if made.get("settings") != wanted:
-            made = {"settings": wanted, "runs": run_all(arguments.student, seed, arguments.picoseconds)}
+            made = {"settings": wanted, "runs": run_all(system, true, student, seed, length)}
             with replacing(file) as temporary:
                 temporary.write_text(json.dumps(made))
         runs.append(made["runs"])
-    rows = [summary(scheme, [run[scheme.name] for run in runs]) for scheme in SCHEMES]
-    with replacing(arguments.out / "report.json") as temporary:
+    atoms = len(named(system).structure)
+    rows = [summary(scheme, [run[scheme.name] for run in runs], atoms) for scheme in SCHEMES]
+    with replacing(out / "report.json") as temporary:
         temporary.write_text(json.dumps({"settings": wanted, "starts": arguments.starts, "rows": rows}, indent=1))
     lines = table(rows)
     print("\n".join(lines))
     if arguments.page is not None:
-        fill(arguments.page, SECTION, "\n".join([machine(), "", *lines]))
+        fill(arguments.page, section(system), "\n".join([machine(), "", *lines]))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from mlff_ase.bonds import Constraints, constrain
 from mlff_ase.counting import CountedCalculator
 from mlff_ase.fields import artifact_field, calculator_field
 from mlff_ase.structures import to_structure
-from mlff_engines.errors import ConfigError, SimulationError, suggest
+from mlff_engines.errors import ConfigError, SimulationError, StructureError, suggest
 from mlff_engines.files import replacing
 from mlff_engines.kstep.jumps import Displacement, Jump, correct, flow, land
 from mlff_engines.kstep.learned import LearnedJump
@@ -102,7 +102,8 @@ class KStepDynamics(MolecularDynamics):
             another time step, number of steps, masses or constraints.
         ArtifactError: see `mlff_engines.artifact.load`.
         StructureError: the student does not know an element of `atoms`.
-        SimulationError: when run: a jump or trajectory that is not finite, constraints that cannot be met.
+        SimulationError: when run: a jump or trajectory that is not finite or beyond all bounds, constraints that cannot
+            be met.
     """
 
     def __init__(
@@ -231,7 +232,12 @@ class KStepDynamics(MolecularDynamics):
         atoms = self.atoms
         x, v = atoms.get_positions(), atoms.get_velocities() * units.fs
         advance = {"A1": self._jump_and_correct, "A2": self._jump_and_correct, "C": self._respa, "D": self._propose}
-        x, v, steps = advance[self.variant](x, v)
+        try:
+            x, v, steps = advance[self.variant](x, v)
+        except StructureError as error:  # a structure that no model can be asked about; elements are known here
+            raise SimulationError(
+                f"step {self.nsteps + 1}: {error}. Use a smaller step, or look at the forces"
+            ) from error
         bad = np.flatnonzero(~(np.isfinite(x).all(1) & np.isfinite(v).all(1)))
         if len(bad):
             raise SimulationError(

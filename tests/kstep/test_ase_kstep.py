@@ -250,6 +250,19 @@ def test_a_student_artifact_runs_and_foreign_elements_are_refused(tmp_path: Path
         dynamics(atoms, path)
 
 
+@pytest.mark.parametrize("speed", [1e9, np.inf], ids=["far away", "not finite"])
+def test_an_explosion_is_told(tmp_path: Path, speed: float) -> None:
+    """Far away no neighbours can be found any more."""
+    atoms = to_atoms(kstep_jumps.ETHANOL)
+    student = students.artifact(tmp_path)
+    atoms.calc = MLFFCalculator(student, outside="ignore")
+    run = KStepDynamics(atoms, 0.5 * units.fs, student, steps=2, constraints="none", allow_unsafe=True)
+    run.run(1)
+    atoms.set_velocities(np.full((9, 3), speed))
+    with pytest.raises(SimulationError, match=r"step 2: .*look at the"):
+        run.run(1)
+
+
 def test_trajectories_record_true_energies(tmp_path: Path) -> None:
     run = dynamics(trajectory=str(tmp_path / "run.traj"))
     run.run(3)

@@ -31,7 +31,7 @@ from mlff_training.teachers.config import TeacherConfig
 from mlff_training.teachers.make import make_teacher
 
 TEMPERATURE = 300.0  # K
-SETTLING = 5000.0  # fs, by the student
+SETTLING = 5000.0  # fs
 TURN = 480.0  # fs: whole macro-steps of every scheme
 VERLET = "Verlet"
 
@@ -84,14 +84,14 @@ def true_potential(artifact: Path | None) -> Calculator:
     return MLFFCalculator(artifact, outside="ignore")
 
 
-def started(system: str, student: Path, seed: int) -> Atoms:
-    """At `TEMPERATURE`, as far as the student knows."""
+def started(system: str, potential: Path, seed: int) -> Atoms:
+    """At `TEMPERATURE`, as far as `potential` knows."""
     structure = named(system).structure
     atoms = Atoms(structure.numbers, structure.positions, cell=structure.cell, pbc=structure.pbc)
-    atoms.calc = MLFFCalculator(student, outside="ignore")
+    atoms.calc = MLFFCalculator(potential, outside="ignore")
     thermalize_momenta(atoms, temperature_K=TEMPERATURE, rng=np.random.default_rng(seed))
     settling = KStepDynamics(
-        atoms, units.fs, student, steps=1, temperature_K=TEMPERATURE, friction=0.01 / units.fs, constraints="hbonds",
+        atoms, units.fs, potential, steps=1, temperature_K=TEMPERATURE, friction=0.01 / units.fs, constraints="hbonds",
         seed=seed,
     )  # fmt: skip
     settling.run(round(SETTLING))
@@ -101,7 +101,7 @@ def started(system: str, student: Path, seed: int) -> Atoms:
 
 def run_all(system: str, true: Path | None, student: Path, seed: int, length: float) -> dict[str, dict[str, Any]]:
     """Of each scheme: time in fs and true total energy in eV after every macro-step; seconds and true calls in all."""
-    begin = started(system, student, seed)
+    begin = started(system, true or student, seed)  # GFN2-xTB would take too long
     found: dict[str, dict[str, Any]] = {
         s.name: {"time": [], "energy": [], "seconds": 0.0, "problem": ""} for s in SCHEMES
     }

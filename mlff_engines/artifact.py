@@ -21,12 +21,12 @@ import torch
 from torch import nn
 
 from mlff_engines.checkpoint import set_dtype
-from mlff_engines.compilation import Compiled, build, place, require_intact
+from mlff_engines.compilation import Compiled, Signature, package, place
 from mlff_engines.cudagraphs import CapturedPotential
 from mlff_engines.errors import ArtifactError, KernelWarning, MissingEngineError, suggest
 from mlff_engines.evaluator import Evaluator
 from mlff_engines.files import replacing
-from mlff_engines.graph import Graph
+from mlff_engines.graph import INPUTS, Graph
 from mlff_engines.kernels import FUSED, available, fuse, load_operators, memory
 from mlff_engines.manifest import DTYPES, GOLDEN, TOLERANCE, Dtype, Golden, GoldenJump, Kernel, Manifest, read, seal
 from mlff_engines.models.registry import build_model, model_config
@@ -35,6 +35,7 @@ from mlff_engines.potential import Ensemble, Potential
 
 Running = Literal["torch", "fused", "compiled"]
 KERNELS = ("auto", "torch", "fused", "compiled")
+NOT_THIS = "So {} is not this artifact. Delete it if it is there, or use kernel='torch'"
 
 
 class Artifact:
@@ -191,9 +192,7 @@ def load(
             not fit the dtype asked for, or golden vectors that fail under an untested torch.
     """
     path = Path(path)
-    kernel = kernel or os.environ.get("MLFF_KERNEL") or "auto"
-    if kernel not in KERNELS:
-        raise ArtifactError(f"kernel {kernel!r}{suggest(kernel, KERNELS)}")
+    kernel = kernel_asked(kernel)
     manifest, golden = read(path)
     if manifest.kind != "potential":
         raise ArtifactError(f"{path} is a {manifest.kind}, not a potential: mlff_ase.KStepDynamics runs it")
@@ -218,6 +217,18 @@ def load(
         )
         artifact.verify()
     return artifact
+
+
+def kernel_asked(kernel: str | None) -> str:
+    """One of `KERNELS`: the one given, or that of the environment variable MLFF_KERNEL, or "auto".
+
+    Raises:
+        ArtifactError: another.
+    """
+    kernel = kernel or os.environ.get("MLFF_KERNEL") or "auto"
+    if kernel not in KERNELS:
+        raise ArtifactError(f"kernel {kernel!r}{suggest(kernel, KERNELS)}")
+    return kernel
 
 
 def load_jump(
@@ -316,18 +327,15 @@ def _compiled(artifact: Artifact, potential: nn.Module, dtype: Dtype) -> Compile
         ArtifactError: it does not.
         MissingEngineError: it cannot be made or loaded.
     """
-    path, how = _package(artifact, dtype), (artifact.manifest.outputs, DTYPES[dtype], artifact.device)
+    path = _package(artifact, dtype)
 
-    def tried(package: Path) -> Compiled:
+    def check(module: Compiled) -> None:
         trial = copy.copy(artifact)
-        trial.module = module = Compiled(package, *how)
-        trial.verify(f"So {path} is not this artifact. Delete it if it is there, or use kernel='torch'")
-        return module
+        trial.module = module
+        trial.verify(NOT_THIS.format(path))
 
-    if not path.is_file():
-        build(path, potential, *how, check=tried)
-    require_intact(path)
-    return tried(path)
+    signature = Signature(INPUTS, artifact.manifest.outputs, DTYPES[dtype], artifact.device)
+    return package(path, lambda: potential, signature, check)
 
 
 def _explain_load_failure(path: Path, manifest: Manifest, error: RuntimeError) -> str:

@@ -18,6 +18,8 @@ from mlff_engines import __version__
 from mlff_engines.errors import MLFFError, suggest
 
 if TYPE_CHECKING:
+    from mlff_engines.artifact import Artifact
+    from mlff_engines.kstep.learned import LearnedJump
     from mlff_engines.manifest import Dtype, Kernel
     from mlff_engines.structure import Structure
     from mlff_engines.validation.builtin import System
@@ -174,15 +176,20 @@ def _training_line(training: dict[str, Any]) -> str:
 @click.option("--device", default="cpu", show_default=True)
 def verify(artifact: Path, device: str) -> None:
     """Replay ARTIFACT's golden vectors here: the same energies, forces and virials as where it was made."""
+    loaded = _load(artifact, device)
+    for name, deviations in loaded.verify().items():
+        click.echo(f"{name:24s}" + "  ".join(f"{what} {value:.1e}" for what, value in deviations.items()))
+    click.echo(f"{artifact}: {len(loaded.golden)} golden vectors reproduced")
+
+
+def _load(path: Path, device: str, dtype: Dtype | None = None, kernel: str | None = None) -> Artifact | LearnedJump:
+    """A potential or a jump."""
     from mlff_engines.artifact import load
     from mlff_engines.kstep.learned import LearnedJump
     from mlff_engines.manifest import inspect
 
-    jump = inspect(artifact).kind == "jump"
-    loaded = LearnedJump.load(artifact, device) if jump else load(artifact, device)
-    for name, deviations in loaded.verify().items():
-        click.echo(f"{name:24s}" + "  ".join(f"{what} {value:.1e}" for what, value in deviations.items()))
-    click.echo(f"{artifact}: {len(loaded.golden)} golden vectors reproduced")
+    read = LearnedJump.load if inspect(path).kind == "jump" else load
+    return read(path, device=device, dtype=dtype, kernel=kernel)
 
 
 @mlff.command()
@@ -373,7 +380,7 @@ def mlff_export(
             click.echo(f"{name:24s}" + "  ".join(f"{what} {value:.1e}" for what, value in deviations.items()))
         click.echo(f"{artifact}: {inspect(artifact).dtype}, as the float64 model on {len(made.golden)} structures")
     if compiling:
-        found = load(artifact, device, dtype, kernel="compiled").verify()
+        found = _load(artifact, device, dtype, kernel="compiled").verify()
         click.echo(f"{artifact}: compiled for this machine, as the float64 model on {len(found)} structures")
     if engine is not None:
         importlib.import_module("mlff_lammps.mliap").write_mliap(artifact, out, overwrite=overwrite)

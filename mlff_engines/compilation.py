@@ -15,7 +15,8 @@ import json
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,27 +26,49 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from mlff_engines import native
 from mlff_engines.errors import MissingEngineError
 from mlff_engines.files import replacing, sha256_of
-from mlff_engines.graph import INPUTS, Graph
+from mlff_engines.graph import Graph, TensorSpec
 
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Signature:
+    """What a compiled model takes and returns.
+
+    Attributes:
+        inputs: contract of the graph; dimensions are numbers, or N, E and B for any.
+        outputs: names of what it returns.
+        dtype, device: for which it is made.
+    """
+
+    inputs: Mapping[str, TensorSpec]
+    outputs: Sequence[str]
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def kinds(self) -> dict[str, torch.dtype]:
+        """dtype of each input."""
+        named = {"float": self.dtype, "float64": torch.float64, "int64": torch.int64, "bool": torch.bool}
+        return {name: named[spec.dtype] for name, spec in self.inputs.items()}
+
+
 class Compiled(nn.Module):
-    """Takes the place of the `Potential` or `Ensemble` that `package` was made from.
+    """Takes the place of the module that `package` was made from.
 
     Args:
         package: the file.
-        outputs: names of what it returns.
-        dtype, device: for which it was made.
+        signature: of that module.
 
     Raises:
         MissingEngineError: torch cannot load it.
     """
 
-    def __init__(self, package: Path, outputs: Sequence[str], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, package: Path, signature: Signature) -> None:
         super().__init__()
-        self.package, self.outputs, self.device = package, list(outputs), device
-        self.kinds = _kinds(dtype)
+        self.package, self.outputs, self.device = package, list(signature.outputs), signature.device
+        self.kinds = signature.kinds
+        device = signature.device
         index = -1 if device.index is None else device.index
         try:
             # what `torch._inductor.aoti_load_package` makes, but that takes seconds to import
@@ -57,7 +80,7 @@ class Compiled(nn.Module):
             raise MissingEngineError(f"cannot load {package}: {cause}. Delete it, and it is compiled again") from None
 
     def forward(self, graph: Graph) -> Graph:
-        """As `Potential`; what comes out cannot be differentiated."""
+        """As that module; what comes out cannot be differentiated."""
         # machine code trusts its arguments: another stride or dtype would be read as this one
         inputs = [graph[name].to(self.device, kind).contiguous() for name, kind in self.kinds.items()]
         with torch.no_grad():
@@ -100,21 +123,33 @@ def folder(device: torch.device) -> Path:
     return native.cache() / "compiled" / f"{device.type}-{digest[:16]}"
 
 
-def build(
-    out: Path,
-    potential: nn.Module,
-    outputs: Sequence[str],
-    dtype: torch.dtype,
-    device: torch.device,
-    check: Callable[[Path], object],
-) -> None:
-    """Compile `potential` into `out`, unless another process does so first; on one core it takes a minute.
+def package(
+    out: Path, module: Callable[[], nn.Module], signature: Signature, check: Callable[[Compiled], object]
+) -> Compiled:
+    """The package at `out`, made first if it is not there.
 
     Args:
         out: its `place`.
-        potential: in evaluation mode, in `dtype` and on `device`.
-        outputs: names of what it is to return.
-        check: raises if a package does not reproduce the artifact; then none is left.
+        module: makes what is compiled: in evaluation mode, with the dtype and on the device of `signature`.
+        check: raises if a package does not reproduce the artifact; such a one is not kept.
+
+    Raises:
+        MissingEngineError: it cannot be made or loaded.
+    """
+
+    def tried(path: Path) -> Compiled:
+        found = Compiled(path, signature)
+        check(found)
+        return found
+
+    if not out.is_file():
+        _build(out, module(), signature, tried)
+    require_intact(out)
+    return tried(out)
+
+
+def _build(out: Path, module: nn.Module, signature: Signature, check: Callable[[Path], object]) -> None:
+    """Compile `module` into `out`, unless another process does so first; on one core it takes a minute.
 
     Raises:
         MissingEngineError: no compiler, torch cannot compile it, or the cache cannot be written.
@@ -124,9 +159,9 @@ def build(
         with native.locked(out.with_suffix(".lock")):
             if out.is_file():
                 return
-            logger.warning("compiling %s for this machine, once: about a minute", type(potential).__name__)
+            logger.warning("compiling %s for this machine, once: about a minute", type(module).__name__)
             with replacing(out) as temporary:
-                _compile(potential, outputs, dtype, device, temporary)
+                _compile(module, signature, temporary)
                 check(temporary)
                 with replacing(_hash_of(out)) as digest:
                     digest.write_text(sha256_of(temporary), encoding="ascii")
@@ -136,22 +171,22 @@ def build(
         ) from None
 
 
-def _compile(potential: nn.Module, outputs: Sequence[str], dtype: torch.dtype, device: torch.device, out: Path) -> None:
+def _compile(module: nn.Module, signature: Signature, out: Path) -> None:
     from torch._inductor.utils import fresh_inductor_cache  # takes seconds
 
     def flat(*inputs: Tensor) -> tuple[Tensor, ...]:
-        found: Graph = potential(dict(zip(INPUTS, inputs, strict=True)))
-        return tuple(found[name] for name in outputs)
+        found: Graph = module(dict(zip(signature.inputs, inputs, strict=True)))
+        return tuple(found[name] for name in signature.outputs)
 
     # all different, and no 0, 1 or 3: tracing takes equal numbers for the same one, and these for constants
     sizes = {"N": 7, "E": 19, "B": 5}
     any_size = {name: torch.export.Dim(name) for name in sizes}
-    shapes = {name: spec.shape.strip("()").replace(" ", "").strip(",").split(",") for name, spec in INPUTS.items()}
+    shapes = [spec.shape.strip("()").replace(" ", "").strip(",").split(",") for spec in signature.inputs.values()]
     example = tuple(
-        torch.ones([sizes.get(axis) or int(axis) for axis in axes], dtype=kind, device=device)
-        for axes, kind in zip(shapes.values(), _kinds(dtype).values(), strict=True)
+        torch.ones([sizes.get(axis) or int(axis) for axis in axes], dtype=kind, device=signature.device)
+        for axes, kind in zip(shapes, signature.kinds.values(), strict=True)
     )
-    dynamic = tuple({i: any_size[axis] for i, axis in enumerate(axes) if axis in sizes} for axes in shapes.values())
+    dynamic = tuple({i: any_size[axis] for i, axis in enumerate(axes) if axis in sizes} for axes in shapes)
     try:
         with (
             tempfile.TemporaryDirectory() as scratch,
@@ -176,8 +211,3 @@ def _compile(potential: nn.Module, outputs: Sequence[str], dtype: torch.dtype, d
 
 def _hash_of(package: Path) -> Path:
     return package.with_suffix(".sha256")
-
-
-def _kinds(dtype: torch.dtype) -> dict[str, torch.dtype]:
-    named = {"float": dtype, "int64": torch.int64, "bool": torch.bool}
-    return {name: named[spec.dtype] for name, spec in INPUTS.items()}

@@ -25,7 +25,7 @@ def student(factory: pytest.TempPathFactory, name: str) -> Path:
 
     The checkpoint of its first member lies beside it as member-0.
     """
-    folder, out = _shared(factory) / name, _shared(factory) / name / "student.pt"
+    folder, out = shared(factory) / name, shared(factory) / name / "student.pt"
     with native.locked(folder / "lock"):
         if out.is_file():
             return out
@@ -47,18 +47,19 @@ def student(factory: pytest.TempPathFactory, name: str) -> Path:
 @contextmanager
 def cache(factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The cache of the session in place of the user's, whose fused kernels it shares."""
-    kernels, shared = native.cache() / "kernels", _shared(factory) / "cache"
+    kernels, folder = native.cache() / "kernels", shared(factory) / "cache"
     kernels.mkdir(parents=True, exist_ok=True)
-    with native.locked(shared / "lock"):
-        link = shared / "mlff-engines" / "kernels"
+    with native.locked(folder / "lock"):
+        link = folder / "mlff-engines" / "kernels"
         link.parent.mkdir(exist_ok=True)
         if not link.exists():
             link.symlink_to(kernels)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(shared))
-        yield shared
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder
 
 
-def _shared(factory: pytest.TempPathFactory) -> Path:
+def shared(factory: pytest.TempPathFactory) -> Path:
+    """Folder of all processes of a session."""
     base = factory.getbasetemp()
     return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled"

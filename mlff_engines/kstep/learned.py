@@ -12,13 +12,14 @@ from torch import nn
 
 from mlff_engines import artifact
 from mlff_engines.checkpoint import CheckpointConfig, Domain, StructureRecord, load_jump_checkpoint, set_dtype
+from mlff_engines.compilation import Compiled, Signature, package, place
 from mlff_engines.config import parse
-from mlff_engines.errors import ArtifactError, ConfigError, StructureError
+from mlff_engines.errors import ArtifactError, ConfigError, KernelWarning, MissingEngineError, StructureError
 from mlff_engines.files import replacing
 from mlff_engines.graph import Graph, make_graph
 from mlff_engines.kstep.jumps import Displacement
 from mlff_engines.manifest import DTYPES, SCHEMA, TOLERANCE, Dtype, GoldenJump, Manifest, Units
-from mlff_engines.models.jump import JumpConfig, JumpTerms
+from mlff_engines.models.jump import INPUTS, JumpConfig, JumpModel, JumpTerms
 from mlff_engines.neighbors import SKIN, VerletList
 from mlff_engines.structure import NUMBERS, SYMBOLS, FloatArray, IntArray, Structure
 from mlff_engines.units import ACCELERATION, BOLTZMANN
@@ -33,6 +34,9 @@ class LearnedJump:
     Args:
         module: maps the graph of `mlff_engines.models.jump` to its outputs.
         cutoff: Å.
+
+    Attributes:
+        kernel: "compiled" if torch has compiled `module` for this machine, else "torch".
     """
 
     def __init__(
@@ -49,16 +53,25 @@ class LearnedJump:
         self.module, self.terms, self.takes_temperature = module, terms, takes_temperature
         self.dtype, self.device = dtype, torch.device(device)
         self.neighbors = VerletList(cutoff, skin)
+        self.kernel: artifact.Running = "torch"
         self.manifest: Manifest | None = None
         self.golden: list[GoldenJump] = []
 
     @classmethod
-    def load(cls, path: str | Path, device: str = "cpu", dtype: Dtype | None = None, skin: float = SKIN) -> LearnedJump:
-        """From the artifact of a jump.
+    def load(
+        cls,
+        path: str | Path,
+        device: str = "cpu",
+        dtype: Dtype | None = None,
+        skin: float = SKIN,
+        kernel: str | None = None,
+    ) -> LearnedJump:
+        """From the artifact of a jump; arguments and errors as of `mlff_engines.artifact.load`.
 
         Raises:
-            ArtifactError: see `mlff_engines.artifact.load`.
+            ArtifactError: as there; there is no fused kernel for jumps.
         """
+        kernel = artifact.kernel_asked(kernel)
         manifest, golden, module, where = artifact.load_jump(Path(path), device, dtype)
         config, terms = parse(JumpConfig, manifest.models[0], str(path)), manifest.jump
         assert terms is not None
@@ -72,6 +85,7 @@ class LearnedJump:
             skin=skin,
         )
         found.manifest, found.golden = manifest, golden
+        found._choose(Path(path), manifest, config, kernel)
         if torch.__version__.split("+")[0] != manifest.torch_version.split("+")[0]:
             warnings.warn(
                 f"{path} was made with torch {manifest.torch_version} and runs on {torch.__version__}: "
@@ -141,8 +155,43 @@ class LearnedJump:
                 f"the jump was made for another run: {'; '.join(problems)}. Run it as it was trained, or train another"
             )
 
-    def verify(self) -> dict[str, dict[str, float]]:
+    def _choose(self, path: Path, manifest: Manifest, config: JumpConfig, kernel: str) -> None:
+        """Put what torch compiled for this machine in place of the program, if it is asked for or there."""
+        if kernel == "fused":
+            raise ArtifactError(f"there is no fused kernel for jumps, such as {path}: use kernel='auto' or 'torch'")
+        where = place(manifest.sha256, self.dtype, self.device)
+        if kernel == "torch" or (kernel == "auto" and not where.is_file()):  # never made unasked
+            return
+
+        def eager() -> JumpModel:
+            model = JumpModel(config, self.terms)
+            set_dtype(model, torch.float64)
+            model.load_state_dict(self.module.state_dict())
+            set_dtype(model, self.dtype)
+            return model.eval().to(self.device)
+
+        def check(module: Compiled) -> None:
+            trial = copy.copy(self)
+            trial.module = module
+            trial.verify(artifact.NOT_THIS.format(where))
+
+        try:
+            self.module = package(where, eager, Signature(INPUTS, manifest.outputs, self.dtype, self.device), check)
+            self.kernel = "compiled"
+        except (ArtifactError, MissingEngineError) as error:
+            if kernel == "compiled" and isinstance(error, MissingEngineError):
+                raise ArtifactError(f"{path} has no compiled form here: {error}. Or use kernel='torch'") from None
+            if kernel == "compiled":
+                raise
+            warnings.warn(f"{error}. Plain torch is used", KernelWarning, stacklevel=3)
+
+    def verify(
+        self, advice: str = "Export the artifact again from its checkpoint on this machine"
+    ) -> dict[str, dict[str, float]]:
         """Replay the golden vectors; their deviations by name.
+
+        Args:
+            advice: what to do where they differ.
 
         Raises:
             ArtifactError: a deviation above the tolerance of the dtype, or no golden vectors.
@@ -158,7 +207,7 @@ class LearnedJump:
                 if not deviation <= tolerance:
                     raise ArtifactError(
                         f"golden vector {g.name!r}: {quantity} off by {deviation:.3g} of its size, allowed "
-                        f"{tolerance:g}. Export the artifact again from its checkpoint on this machine"
+                        f"{tolerance:g}. {advice}"
                     )
         return found
 

@@ -9,11 +9,7 @@
 
 The heads are the gated equivariant blocks of PaiNN (Schütt, Unke, Gastegger, arXiv 2102.03150, Fig. 3 and Sec. 4.2).
 
-| in             | shape  | unit | meaning                                                     |
-|----------------|--------|------|-------------------------------------------------------------|
-| `numbers`, `edge_index`, `edge_vec`, `batch`, ... | | | as in `mlff_engines.graph`          |
-| `velocities`   | (N, 3) | Å/fs | float64                                                     |
-| `temperature`  | (B,)   | K    | read only if the model takes it                             |
+In goes a graph of `mlff_engines.graph` with `velocities` and `temperature`, see `INPUTS`.
 
 | out            | shape  | unit  | meaning                                                    |
 |----------------|--------|-------|------------------------------------------------------------|
@@ -35,7 +31,8 @@ from torch import Tensor, nn
 
 from mlff_engines.config import Config
 from mlff_engines.errors import ConfigError, MissingEngineError
-from mlff_engines.graph import Graph
+from mlff_engines.graph import INPUTS as EDGES
+from mlff_engines.graph import Graph, TensorSpec
 from mlff_engines.models.base import Float64
 from mlff_engines.models.painn import Message, Update, _dense, _mlp
 from mlff_engines.models.radial import BasisName, CutoffName, make_basis, make_cutoff
@@ -43,6 +40,10 @@ from mlff_engines.structure import MAX_ATOMIC_NUMBER, NUMBERS
 from mlff_engines.units import ACCELERATION, BOLTZMANN
 
 REFERENCE_TEMPERATURE = 300.0  # K, of the scales of velocities
+INPUTS = {name: EDGES[name] for name in ("numbers", "edge_index", "edge_vec", "batch")} | {
+    "velocities": TensorSpec("(N, 3)", "float64", "Å/fs", "now"),
+    "temperature": TensorSpec("(B,)", "float", "K", "read only if the model takes it; else only its length"),
+}
 
 
 class JumpConfig(Config):
@@ -255,19 +256,29 @@ class TorchMDNetJump(JumpNetwork):
         self.out_norm = made.out_norm
 
     def _interact(self, q: Tensor, mu: Tensor, graph: Graph) -> tuple[Tensor, Tensor]:
+        near = torch.linalg.vector_norm(graph["edge_vec"], dim=-1)
+        q = self._embed_neighbors(q, graph, near)
         # there, row 0 is where a message comes from and row 1 where it goes to; an atom attends to itself too
         atoms = torch.arange(q.shape[0], device=q.device)
         edges = torch.cat([graph["edge_index"].flip(0), torch.stack([atoms, atoms])], dim=1)
         edge_vec = graph["edge_vec"]
-        near = torch.linalg.vector_norm(edge_vec, dim=-1)
         distance = torch.cat([near, near.new_zeros(q.shape[0])])
         direction = torch.cat([edge_vec / near.unsqueeze(-1), edge_vec.new_zeros((q.shape[0], 3))])
         radial = self.distance_expansion(distance)
-        q = self.neighbor_embedding(graph["numbers"], q, edges, distance, radial)
         for layer in self.attention_layers:
             dq, dmu = layer(q, mu, edges, distance, radial, direction)
             q, mu = q + dq, mu + dmu
         return self.out_norm(q), normalised(mu)
+
+    def _embed_neighbors(self, q: Tensor, graph: Graph, distance: Tensor) -> Tensor:
+        """Eq. 3, by TorchMD-Net's layers; its code picks edges by a mask, which torch cannot compile."""
+        filters = self.neighbor_embedding.distance_proj(self.distance_expansion(distance))
+        filters = filters * self.neighbor_embedding.cutoff(distance).unsqueeze(-1)
+        species = self.neighbor_embedding.embedding(graph["numbers"])
+        messages = filters * species.index_select(0, graph["edge_index"][1])
+        around = torch.zeros_like(q).index_add(0, graph["edge_index"][0], messages)
+        combined: Tensor = self.neighbor_embedding.combine(torch.cat([q, around], dim=-1))
+        return combined
 
 
 def _equivariant_transformer(config: JumpConfig) -> Any:

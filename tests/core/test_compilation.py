@@ -19,9 +19,9 @@ import packages
 from broken_engines import NOBLE, ORGANIC
 from mlff_engines import cli, compilation, native
 from mlff_engines.artifact import load, recast
-from mlff_engines.compilation import Compiled, build, place
+from mlff_engines.compilation import Compiled, Signature, place
 from mlff_engines.errors import ArtifactError, KernelWarning, MissingEngineError
-from mlff_engines.graph import Graph, collate, make_graph
+from mlff_engines.graph import INPUTS, Graph, collate, make_graph
 from mlff_engines.manifest import inspect
 from mlff_engines.neighbors import neighbor_list
 from mlff_engines.validation.result import STATIC, Claims
@@ -282,7 +282,9 @@ class Branching(nn.Module):
 
 def test_model_that_cannot_be_compiled(tmp_path: Path) -> None:
     with pytest.raises(MissingEngineError, match=r"torch .* cannot compile the model \(\w+: "):
-        build(tmp_path / "x.pt2", Branching(), ["edge_gradient"], torch.float32, CPU, check=lambda _: None)
+        compilation.package(
+            tmp_path / "x.pt2", Branching, Signature(INPUTS, ["edge_gradient"], torch.float32, CPU), lambda _: None
+        )
     assert not list(tmp_path.glob("*.pt2"))
 
 
@@ -304,7 +306,7 @@ def test_loader_of_another_torch(argon: Path, monkeypatch: pytest.MonkeyPatch) -
     load(argon, kernel="compiled")
     monkeypatch.setattr(torch._C._aoti, "AOTIModelPackageLoader", lambda path, name: None)
     with pytest.raises(MissingEngineError, match="compiled models need a newer torch than"):
-        Compiled(package(argon), ["node_energy"], torch.float32, CPU)
+        Compiled(package(argon), Signature(INPUTS, ["node_energy"], torch.float32, CPU))
 
 
 def test_command_line(argon: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,10 +15,12 @@ from kstep_jumps import ETHANOL, SETTINGS, TERMS, checkpoint, require_torchmdnet
 from mlff_engines.config import parse
 from mlff_engines.errors import ConfigError, MissingEngineError
 from mlff_engines.export import export_any
+from mlff_engines.kstep.learned import LearnedJump
 from mlff_engines.manifest import inspect
 from mlff_engines.models.jump import JumpConfig, JumpModel, TorchMDNetJump, normalised
 from mlff_engines.neighbors import VerletList
 from mlff_training.kstep.config import JumpModelConfig
+from requirements import require_compiler
 
 ARCH = {"arch": "torchmdnet_et_jump", "heads": 4}
 
@@ -89,3 +91,13 @@ found = LearnedJump.load({str(tmp_path / "jump.pt")!r})(ETHANOL, np.random.defau
 np.testing.assert_allclose(found.dx, np.load({str(tmp_path / "dx.npy")!r}), atol=1e-12)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_torch_can_compile_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    require_torchmdnet()
+    require_compiler()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    made = export_any([checkpoint(tmp_path / "best", **ARCH)], tmp_path / "jump.pt", dtype="float64")
+    compiled = LearnedJump.load(tmp_path / "jump.pt", kernel="compiled")
+    v = np.random.default_rng(0).normal(0, 0.01, (9, 3))
+    np.testing.assert_allclose(compiled(ETHANOL, v).dx, made(ETHANOL, v).dx, atol=1e-12)

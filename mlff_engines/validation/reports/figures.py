@@ -28,7 +28,6 @@ STYLE = {
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.formatter.limits": (-3, 4),
-    "axes.formatter.use_mathtext": True,
     "grid.color": "#e4e4e4",
     "grid.linewidth": 0.6,
     "legend.frameon": False,

@@ -30,46 +30,48 @@ def kinetic_energies(
         constraints: (C, 2) atoms whose distance is fixed.
         positions, velocities, kicks: (R, T, N, 3) Å and Å/fs; a kick is what half a time step adds.
     """
-    replicas, frames = positions.shape[:2]
     root = np.sqrt(masses)[:, None]
     groups = {"all atoms": np.ones(len(numbers), dtype=bool)}
     groups |= {SYMBOLS[z]: numbers == z for z in np.unique(numbers).tolist()}
     if 0 < np.count_nonzero(numbers == 1) < len(numbers):
         groups |= {"hydrogen": numbers == 1, "heavy atoms": numbers != 1}
         groups.pop("H")
-    names = [*groups, "translation", "rotation", "inner motion"]
-    energy = {name: np.zeros((replicas, frames)) for name in names}
-    freedom = {name: np.zeros((replicas, frames)) for name in names}
-    for at in np.ndindex(replicas, frames):
-        x = positions[at] - masses @ positions[at] / masses.sum()
-        parts = [root * velocities[at], root * kicks[at]]  # their squares add: mean of v + kick and v - kick
-        per_atom = 0.5 * np.square(parts).sum(axis=(0, 2)) / ACCELERATION
-        basis = _constrained(x, masses, constraints)
-        own = 3 - np.square(basis).sum(axis=1).reshape(len(masses), 3).sum(axis=1)
-        for name, members in groups.items():
-            energy[name][at], freedom[name][at] = per_atom[members].sum(), own[members].sum()
-        rigid = _rigid(x, root)
-        for name, motion in (("translation", rigid[:, :3]), ("rotation", rigid[:, 3:])):
-            energy[name][at] = 0.5 * sum(float(np.square(motion.T @ p.ravel()).sum()) for p in parts) / ACCELERATION
-            freedom[name][at] = motion.shape[1]
-        for table in (energy, freedom):
-            table["inner motion"][at] = table["all atoms"][at] - table["translation"][at] - table["rotation"][at]
+    x = positions - (masses @ positions / masses.sum())[..., None, :]
+    parts = root * np.stack([velocities, kicks])  # their squares add: mean of v + kick and v - kick
+    per_atom = 0.5 * np.square(parts).sum(axis=(0, -1)) / ACCELERATION
+    own = 3 - np.square(_constrained(x, masses, constraints)).sum(axis=(-2, -1))
+    energy = {name: per_atom[..., members].sum(axis=-1) for name, members in groups.items()}
+    freedom = {name: own[..., members].sum(axis=-1) for name, members in groups.items()}
+    for name, motions in (("translation", _shifts(x, root)), ("rotation", _rotations(x, root))):
+        along = np.einsum("...rid,p...id->p...r", motions, parts)
+        energy[name] = 0.5 * np.square(along).sum(axis=(0, -1)) / ACCELERATION
+        freedom[name] = np.square(motions).sum(axis=(-3, -2, -1))
+    for table in (energy, freedom):
+        table["inner motion"] = table["all atoms"] - table["translation"] - table["rotation"]
     return energy, freedom
 
 
 def _constrained(x: FloatArray, masses: FloatArray, pairs: IntArray) -> FloatArray:
-    """Orthonormal mass-weighted directions (3N, C) that constraints forbid."""
-    gradients = np.zeros((len(pairs), len(masses), 3))
-    bonds = x[pairs[:, 0]] - x[pairs[:, 1]]
+    """Orthonormal mass-weighted directions (..., N, 3, C) that constraints forbid, at x (..., N, 3)."""
+    gradients = np.zeros((*x.shape, len(pairs)))
+    bonds = x[..., pairs[:, 0], :] - x[..., pairs[:, 1], :]
     rows = np.arange(len(pairs))
-    gradients[rows, pairs[:, 0]], gradients[rows, pairs[:, 1]] = bonds, -bonds
-    basis: FloatArray = np.linalg.qr((gradients / np.sqrt(masses)[:, None]).reshape(len(pairs), 3 * len(masses)).T)[0]
-    return basis
+    gradients[..., pairs[:, 0], :, rows] = np.moveaxis(bonds, -2, 0)
+    gradients[..., pairs[:, 1], :, rows] = -np.moveaxis(bonds, -2, 0)
+    gradients /= np.sqrt(masses)[:, None, None]
+    basis = np.linalg.qr(gradients.reshape(*x.shape[:-2], 3 * len(masses), len(pairs)))[0]
+    return basis.reshape(gradients.shape)
 
 
-def _rigid(x: FloatArray, root: FloatArray) -> FloatArray:
-    """Orthonormal mass-weighted directions (3N, 5 or 6): three of translation, then rotation."""
-    moves = [np.broadcast_to(axis, x.shape) for axis in np.eye(3)] + [np.cross(axis, x) for axis in np.eye(3)]
-    u, sizes, _ = np.linalg.svd(np.stack([(root * move).ravel() for move in moves[3:]], axis=1), full_matrices=False)
-    shifts = np.stack([(root * move).ravel() for move in moves[:3]], axis=1) / np.sqrt((root**2).sum())
-    return np.concatenate([shifts, u[:, sizes > 1e-6 * sizes[0]]], axis=1)
+def _shifts(x: FloatArray, root: FloatArray) -> FloatArray:
+    """Orthonormal mass-weighted directions of translation, (..., 3, N, 3)."""
+    moves = np.eye(3)[:, None, :] * root / np.sqrt((root**2).sum())
+    return np.broadcast_to(moves, (*x.shape[:-2], *moves.shape))
+
+
+def _rotations(x: FloatArray, root: FloatArray) -> FloatArray:
+    """Likewise of rotation, about the centre of mass at the origin; a straight molecule has a zero among them."""
+    moves = root * np.cross(np.eye(3)[:, None, :], x[..., None, :, :])  # (..., 3, N, 3)
+    _, sizes, found = np.linalg.svd(moves.reshape(*x.shape[:-2], 3, -1), full_matrices=False)
+    found *= (sizes > 1e-6 * sizes[..., :1])[..., None]
+    return found.reshape(moves.shape)

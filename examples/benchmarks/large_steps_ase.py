@@ -1,11 +1,12 @@
 """Large steps with a dear potential in ASE: wall-clock and energy drift beside Verlet's.
 
-python examples/benchmarks/large_steps_ase.py student.pt                                       (aspirin by GFN2-xTB)
-python examples/benchmarks/large_steps_ase.py small.pt --system water-192 --true large.pt      (a box of water)
+python examples/benchmarks/large_steps_ase.py student.pt
+python examples/benchmarks/large_steps_ase.py small.pt --system water-192 --true large.pt
 
-The student is one of the true potential; examples/benchmarks/same_accuracy.py makes one of GFN2-xTB for aspirin. From
-each start every scheme runs at constant energy, in turns of `TURN` fs, so that whatever else the machine does hits all
-alike. Repeat the command to go on after an interruption: starts that are done are kept.
+The student is one of the true potential; same_accuracy.py, beside this file, makes one of GFN2-xTB for aspirin, and
+large_steps_water.yaml says how to get one of flexible TIP3P for a box of water. From each start every scheme runs at
+constant energy, in turns of `TURN` fs, so that whatever else the machine does hits all alike. Repeat the command to go
+on after an interruption: starts that are done are kept.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 from ase import Atoms, units
 from ase.calculators.calculator import Calculator
+from ase.io import read
 from ase.md.velocitydistribution import thermalize_momenta
 
 from mlff_ase import KStepDynamics, MLFFCalculator
@@ -34,6 +36,7 @@ TEMPERATURE = 300.0  # K
 SETTLING = 5000.0  # fs
 TURN = 480.0  # fs: whole macro-steps of every scheme
 VERLET = "Verlet"
+XTB = "gfn2-xtb"
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,8 @@ SCHEMES = [
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("student", type=Path)
 parser.add_argument("--system", default="aspirin", help="or water-N with N atoms")
-parser.add_argument("--true", type=Path, help="artifact of the true potential; default: GFN2-xTB")
+parser.add_argument("--true", default=XTB, help="true potential: a teacher, or an artifact (default: %(default)s)")
+parser.add_argument("--start", type=Path, help="structure file in place of SYSTEM's own positions")
 parser.add_argument("-o", "--out", type=Path, help="default: runs/large_steps_SYSTEM")
 parser.add_argument("--starts", type=int, default=4)
 parser.add_argument("--picoseconds", type=float, default=10.0, help="of each scheme from each start")
@@ -77,21 +81,23 @@ def section(system: str) -> str:
     return f"large steps, {system}"
 
 
-def true_potential(artifact: Path | None) -> Calculator:
+def true_potential(given: str) -> Calculator:
     """A new one for each run: calculators remember."""
-    if artifact is None:
-        return make_teacher(TeacherConfig(name="gfn2-xtb"))
-    return MLFFCalculator(artifact, outside="ignore")
+    if Path(given).is_file():
+        return MLFFCalculator(given, outside="ignore")
+    return make_teacher(TeacherConfig(name=given))
 
 
-def started(system: str, potential: Path, seed: int) -> Atoms:
-    """At `TEMPERATURE`, as far as `potential` knows."""
+def started(system: str, start: Path | None, true: str, student: Path, seed: int) -> Atoms:
+    """At `TEMPERATURE`, as far as the true potential knows, or the student where that takes too long."""
     structure = named(system).structure
     atoms = Atoms(structure.numbers, structure.positions, cell=structure.cell, pbc=structure.pbc)
-    atoms.calc = MLFFCalculator(potential, outside="ignore")
+    if start is not None:
+        atoms.positions = read(start).positions
+    atoms.calc = true_potential(str(student) if true == XTB else true)
     thermalize_momenta(atoms, temperature_K=TEMPERATURE, rng=np.random.default_rng(seed))
     settling = KStepDynamics(
-        atoms, units.fs, potential, steps=1, temperature_K=TEMPERATURE, friction=0.01 / units.fs, constraints="hbonds",
+        atoms, units.fs, student, steps=1, temperature_K=TEMPERATURE, friction=0.01 / units.fs, constraints="hbonds",
         seed=seed,
     )  # fmt: skip
     settling.run(round(SETTLING))
@@ -99,9 +105,8 @@ def started(system: str, potential: Path, seed: int) -> Atoms:
     return atoms
 
 
-def run_all(system: str, true: Path | None, student: Path, seed: int, length: float) -> dict[str, dict[str, Any]]:
+def run_all(begin: Atoms, true: str, student: Path, seed: int, length: float) -> dict[str, dict[str, Any]]:
     """Of each scheme: time in fs and true total energy in eV after every macro-step; seconds and true calls in all."""
-    begin = started(system, true or student, seed)  # GFN2-xTB would take too long
     found: dict[str, dict[str, Any]] = {
         s.name: {"time": [], "energy": [], "seconds": 0.0, "problem": ""} for s in SCHEMES
     }
@@ -180,14 +185,16 @@ def main() -> None:
     torch.set_num_threads(1)
     system, student, true, length = arguments.system, arguments.student, arguments.true, arguments.picoseconds
     out = arguments.out or Path("runs") / f"large_steps_{system}"
-    wanted = {"system": system, "student": sha256_of(student), "picoseconds": length}
-    wanted["true"] = "GFN2-xTB" if true is None else sha256_of(true)
+    files = {"student": student, "start": arguments.start, "true": Path(true) if Path(true).is_file() else None}
+    hashes = {name: sha256_of(file) for name, file in files.items() if file is not None}
+    wanted = {"system": system, "picoseconds": length, "true": true} | hashes
     runs = []
     for seed in range(arguments.starts):
         file = out / f"start-{seed}.json"
         made = json.loads(file.read_text()) if file.is_file() else {}
         if made.get("settings") != wanted:
-            made = {"settings": wanted, "runs": run_all(system, true, student, seed, length)}
+            begin = started(system, arguments.start, true, student, seed)
+            made = {"settings": wanted, "runs": run_all(begin, true, student, seed, length)}
             with replacing(file) as temporary:
                 temporary.write_text(json.dumps(made))
         runs.append(made["runs"])

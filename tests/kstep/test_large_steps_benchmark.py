@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -10,24 +10,23 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+from ase import Atoms
 
 import students
 from mlff_engines.bench.page import markers
+from mlff_engines.bench.systems import named
 from requirements import REPOSITORY, require_engine
 
 require_engine("ase")
 
 
+BENCHMARKS = REPOSITORY / "examples" / "benchmarks"
+
+
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    path = REPOSITORY / "examples" / "benchmarks" / "large_steps_ase.py"
-    spec = importlib.util.spec_from_file_location("large_steps_ase", path)
-    assert spec is not None
-    assert spec.loader is not None
-    made = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, made)  # its dataclass looks there
-    spec.loader.exec_module(made)
-    return made
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module("large_steps_ase")
 
 
 def test_each_scheme_gets_a_row(
@@ -65,10 +64,34 @@ def test_a_box_of_water_by_an_artifact(script: ModuleType, tmp_path: Path, monke
     monkeypatch.setattr(script, "TURN", 8.0)
     monkeypatch.setattr(script, "SETTLING", 2.0)
     model = str(students.artifact(tmp_path))
+    start = Atoms(named("water-24").structure.numbers, named("water-24").structure.positions)
+    start.write(tmp_path / "start.xyz")
     words = [model, "--true", model, "--system", "water-24", "-o", str(tmp_path), "--starts", "1"]
-    monkeypatch.setattr(sys, "argv", ["large_steps_ase.py", *words, "--picoseconds", "0.016"])
+    words += ["--start", str(tmp_path / "start.xyz"), "--picoseconds", "0.016"]
+    monkeypatch.setattr(sys, "argv", ["large_steps_ase.py", *words])
     script.main()
     one, other = json.loads((tmp_path / "report.json").read_text())["rows"]
     assert (one["calls"], other["calls"]) == (pytest.approx(1000), pytest.approx(500))
     [found] = [json.loads((tmp_path / "start-0.json").read_text())["runs"]]
     np.testing.assert_allclose(found[fine.name]["energy"][1::2], found[coarse.name]["energy"], atol=1e-5)
+
+
+def test_flexible_water_by_openmm(script: ModuleType) -> None:
+    """The true potential of the water box: forces are its slope, and it is a teacher by its import path."""
+    require_engine("openmm")
+    box = named("water-192").structure
+    atoms = Atoms(box.numbers, box.positions, cell=box.cell, pbc=box.pbc)
+    atoms.calc = script.true_potential("flexible_water:FlexibleTIP3P")
+    forces = atoms.get_forces()
+    assert np.abs(forces.sum(axis=0)).max() < 1e-3  # PME's
+    energies = []
+    for step in (1e-3, -1e-3):
+        moved = atoms.copy()
+        moved.calc = atoms.calc
+        moved.positions[4] += [step, step, 0]
+        energies.append(moved.get_potential_energy())
+    assert (energies[1] - energies[0]) / 2e-3 == pytest.approx(forces[4, :2].sum(), abs=2e-4)
+    methane = Atoms("CH4", positions=box.positions[:5], cell=box.cell, pbc=True)
+    methane.calc = atoms.calc
+    with pytest.raises(Exception, match="CH4: flexible TIP3P takes water, as O, H, H for each molecule"):
+        methane.get_forces()

@@ -19,6 +19,7 @@ from requirements import REPOSITORY, require_engine
 EXAMPLES = REPOSITORY / "examples"
 KSTEP = {
     "kstep": ("mlff_engines.kstep.pipeline", "PipelineConfig"),
+    "large_steps_water": ("mlff_training.distill", "DistillConfig"),
     "large_steps": ("mlff_engines.kstep.pipeline", "PipelineConfig"),
     "md": ("mlff_openmm.kstep.config", "MDConfig"),
     "model": ("mlff_training.kstep.config", "JumpModelConfig"),

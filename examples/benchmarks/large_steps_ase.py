@@ -146,7 +146,7 @@ def summary(scheme: Scheme, runs: Sequence[dict[str, Any]], atoms: int) -> dict[
     """Drift in meV/atom/ps and its standard error over the starts, rms fluctuation about it in meV; costs per ps."""
     problems = [run["problem"] for run in runs if run["problem"]]
     if problems:
-        return {"scheme": scheme.name, "problem": problems[0]}
+        return {"scheme": scheme.name, "problem": f"{len(problems)} of {len(runs)} {problems[0]}"}
     fits = [np.polynomial.Polynomial.fit(run["time"], run["energy"], 1) for run in runs]
     slopes = np.array([1e6 * fit.convert().coef[1] / atoms for fit in fits])
     residues = [np.std(run["energy"] - fit(np.array(run["time"]))) for run, fit in zip(runs, fits, strict=True)]
@@ -170,7 +170,7 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
     plain = next((row["seconds"] for row in rows if "seconds" in row), 0.0)
     for row in rows:
         if "problem" in row:
-            lines.append(f"| {row['scheme']} | | | | {row['problem'].split('. ')[0]} | |")
+            lines.append(f"| {row['scheme']} | | | | {row['problem'].split(': ')[0]} | |")
             continue
         lines.append(
             f"| {row['scheme']} | {row['calls']:.0f} | {row['seconds']:.1f} | {plain / row['seconds']:.1f} "

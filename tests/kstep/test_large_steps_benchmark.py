@@ -49,7 +49,7 @@ def test_each_scheme_gets_a_row(
     assert moved["calls"] == pytest.approx(1000)  # one for each fs
     assert moved["seconds"] > 0
     assert 0 < moved["fluctuation"] < 50  # meV: the true energy, whatever the student
-    assert refused["problem"].startswith("refused: a macro-step of 8 fs is unsafe")
+    assert refused["problem"].startswith("2 of 2 refused: a macro-step of 8 fs is unsafe")
     assert f"| {verlet.name} | 1000 |" in page.read_text()
 
     monkeypatch.setattr(script, "run_all", None)  # both starts are kept

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -147,6 +148,10 @@ def inspect(path: Path | str) -> Manifest:
     return read(Path(path))[0]
 
 
+# what reading an archive with a wrong bit somewhere comes to: in its directory, its entries' flags or their content
+DAMAGED = (zipfile.BadZipFile, zlib.error, UnicodeDecodeError, EOFError, RuntimeError)
+
+
 def read(path: Path) -> tuple[Manifest, list[Golden | GoldenJump]]:
     """Manifest and golden vectors, hashes checked.
 
@@ -166,7 +171,7 @@ def read(path: Path) -> tuple[Manifest, list[Golden | GoldenJump]]:
         archive = zipfile.ZipFile(path)
     except OSError as error:
         raise ArtifactError(f"cannot read {path}: {error.strerror}") from None
-    except zipfile.BadZipFile:
+    except DAMAGED:
         what = (
             "is a truncated artifact" if start == b"PK" else "is a pickle" if start[:1] == b"\x80" else "is no artifact"
         )
@@ -197,7 +202,7 @@ def read(path: Path) -> tuple[Manifest, list[Golden | GoldenJump]]:
             golden = [recorded.model_validate(g) for g in records]
         except ConfigError as error:
             raise ArtifactError(f"{error}. Export the artifact again from its checkpoint") from None
-        except (zipfile.BadZipFile, KeyError, ValueError) as error:
+        except (*DAMAGED, KeyError, ValueError) as error:
             raise ArtifactError(f"{path} is damaged ({error}); copy it anew or export it again") from None
     if digest != manifest.sha256:
         raise ArtifactError(

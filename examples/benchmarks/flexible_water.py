@@ -16,7 +16,9 @@ from ase.optimize import FIRE
 from openmm import app, unit
 
 from mlff_engines.bench.systems import named
+from mlff_engines.units import energy_unit, length_unit
 
+NM, KJ_PER_MOL = length_unit("nm"), energy_unit("kJ/mol")  # Å, eV
 CUTOFF = 0.55  # nm, of Lennard-Jones and of the direct part of Ewald's sum
 
 
@@ -39,20 +41,19 @@ class FlexibleTIP3P(Calculator):
         super().calculate(atoms, properties, system_changes)
         if self._context is None or "numbers" in system_changes:
             self._context = _context(self.atoms)
-        self._context.setPeriodicBoxVectors(*(np.asarray(self.atoms.cell) / 10))
-        self._context.setPositions(self.atoms.positions / 10)
+        self._context.setPeriodicBoxVectors(*(np.asarray(self.atoms.cell) / NM))
+        self._context.setPositions(self.atoms.positions / NM)
         state = self._context.getState(getEnergy=True, getForces=True)
-        kj_per_mol = units.kJ / units.mol
         forces = state.getForces(asNumpy=True).value_in_unit(unit.kilojoule_per_mole / unit.nanometer)
         energy = state.getPotentialEnergy().value_in_unit(unit.kilojoule_per_mole)
-        self.results = {"energy": energy * kj_per_mol, "forces": forces * kj_per_mol / 10}
+        self.results = {"energy": energy * KJ_PER_MOL, "forces": forces * KJ_PER_MOL / NM}
 
 
 def _context(atoms: Atoms) -> openmm.Context:
     if atoms.get_chemical_symbols() != ["O", "H", "H"] * (len(atoms) // 3):
         raise ValueError(f"{atoms.get_chemical_formula()}: flexible TIP3P takes water, as O, H, H for each molecule")
     topology = app.Topology()
-    topology.setPeriodicBoxVectors(np.asarray(atoms.cell) / 10)
+    topology.setPeriodicBoxVectors(np.asarray(atoms.cell) / NM)
     chain = topology.addChain()
     for _ in range(len(atoms) // 3):
         residue = topology.addResidue("HOH", chain)

@@ -257,7 +257,6 @@ class TorchMDNetJump(JumpNetwork):
 
     def _interact(self, q: Tensor, mu: Tensor, graph: Graph) -> tuple[Tensor, Tensor]:
         near = torch.linalg.vector_norm(graph["edge_vec"], dim=-1)
-        q = self._embed_neighbors(q, graph, near)
         # there, row 0 is where a message comes from and row 1 where it goes to; an atom attends to itself too
         atoms = torch.arange(q.shape[0], device=q.device)
         edges = torch.cat([graph["edge_index"].flip(0), torch.stack([atoms, atoms])], dim=1)
@@ -265,14 +264,15 @@ class TorchMDNetJump(JumpNetwork):
         distance = torch.cat([near, near.new_zeros(q.shape[0])])
         direction = torch.cat([edge_vec / near.unsqueeze(-1), edge_vec.new_zeros((q.shape[0], 3))])
         radial = self.distance_expansion(distance)
+        q = self._embed_neighbors(q, graph, near, radial[: near.shape[0]])
         for layer in self.attention_layers:
             dq, dmu = layer(q, mu, edges, distance, radial, direction)
             q, mu = q + dq, mu + dmu
         return self.out_norm(q), normalised(mu)
 
-    def _embed_neighbors(self, q: Tensor, graph: Graph, distance: Tensor) -> Tensor:
+    def _embed_neighbors(self, q: Tensor, graph: Graph, distance: Tensor, radial: Tensor) -> Tensor:
         """Eq. 3, by TorchMD-Net's layers; its code picks edges by a mask, which torch cannot compile."""
-        filters = self.neighbor_embedding.distance_proj(self.distance_expansion(distance))
+        filters = self.neighbor_embedding.distance_proj(radial)
         filters = filters * self.neighbor_embedding.cutoff(distance).unsqueeze(-1)
         species = self.neighbor_embedding.embedding(graph["numbers"])
         messages = filters * species.index_select(0, graph["edge_index"][1])

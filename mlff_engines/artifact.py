@@ -15,7 +15,7 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import nn
@@ -35,7 +35,6 @@ from mlff_engines.potential import Ensemble, Potential
 
 Running = Literal["torch", "fused", "compiled"]
 KERNELS = ("auto", "torch", "fused", "compiled")
-NOT_THIS = "So {} is not this artifact. Delete it if it is there, or use kernel='torch'"
 
 
 class Artifact:
@@ -301,7 +300,8 @@ def _choose(artifact: Artifact, dtype: Dtype, kernel: str) -> None:
         if wanted == "fused":
             artifact.module = fuse(potential, manifest.architectures)
         elif wanted == "compiled":
-            artifact.module = _compiled(artifact, potential, dtype)
+            signature = Signature(INPUTS, manifest.outputs, artifact.dtype, artifact.device)
+            artifact.module = compiled(artifact, _package(artifact, dtype), lambda: potential, signature)
         artifact.kernel = wanted
     except (ArtifactError, MissingEngineError) as error:
         if kernel == wanted:
@@ -320,22 +320,29 @@ def _package(artifact: Artifact, dtype: Dtype) -> Path:
     return place(artifact.manifest.sha256, DTYPES[dtype], artifact.device)
 
 
-def _compiled(artifact: Artifact, potential: nn.Module, dtype: Dtype) -> Compiled:
-    """The package of `artifact`, made from `potential` if need be; it reproduces the golden vectors.
+class Verified(Protocol):
+    """A loaded artifact, of a potential or a jump."""
+
+    module: nn.Module
+
+    def verify(self, advice: str) -> object:
+        """Replay the golden vectors by `module`."""
+
+
+def compiled(loaded: Verified, path: Path, eager: Callable[[], nn.Module], signature: Signature) -> Compiled:
+    """The package at `path`, made from `eager()` if need be; it reproduces the golden vectors of `loaded`.
 
     Raises:
         ArtifactError: it does not.
         MissingEngineError: it cannot be made or loaded.
     """
-    path = _package(artifact, dtype)
 
     def check(module: Compiled) -> None:
-        trial = copy.copy(artifact)
+        trial = copy.copy(loaded)
         trial.module = module
-        trial.verify(NOT_THIS.format(path))
+        trial.verify(f"So {path} is not this artifact. Delete it if it is there, or use kernel='torch'")
 
-    signature = Signature(INPUTS, artifact.manifest.outputs, DTYPES[dtype], artifact.device)
-    return package(path, lambda: potential, signature, check)
+    return package(path, eager, signature, check)
 
 
 def _explain_load_failure(path: Path, manifest: Manifest, error: RuntimeError) -> str:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 
 import students
 from broken_engines import ARGON_KRYPTON, NOBLE
 from mlff_engines import native
 from mlff_engines.checkpoint import Domain, save_checkpoint
+from mlff_engines.compilation import place
 from mlff_engines.export import export
+from mlff_engines.manifest import inspect
 from mlff_engines.models.registry import build_model
 
 DTYPES = {"plain": "float32", "charged": "float64", "argon": "float32", "argons": "float64"}
@@ -63,3 +67,15 @@ def shared(factory: pytest.TempPathFactory) -> Path:
     """Folder of all processes of a session."""
     base = factory.getbasetemp()
     return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled"
+
+
+def package(artifact: Path) -> Path:
+    """Where the compiled form of `artifact` is or would be, in its own dtype on the CPU."""
+    manifest = inspect(artifact)
+    return place(manifest.sha256, getattr(torch, manifest.dtype), torch.device("cpu"))
+
+
+def put(content: bytes, artifact: Path) -> None:
+    """As the package of `artifact`, with the hash that belongs to it."""
+    package(artifact).write_bytes(content)
+    package(artifact).with_suffix(".sha256").write_text(hashlib.sha256(content).hexdigest())

@@ -12,7 +12,7 @@ from torch import nn
 
 from mlff_engines import artifact
 from mlff_engines.checkpoint import CheckpointConfig, Domain, StructureRecord, load_jump_checkpoint, set_dtype
-from mlff_engines.compilation import Compiled, Signature, package, place
+from mlff_engines.compilation import Signature, place
 from mlff_engines.config import parse
 from mlff_engines.errors import ArtifactError, ConfigError, KernelWarning, MissingEngineError, StructureError
 from mlff_engines.files import replacing
@@ -170,13 +170,9 @@ class LearnedJump:
             set_dtype(model, self.dtype)
             return model.eval().to(self.device)
 
-        def check(module: Compiled) -> None:
-            trial = copy.copy(self)
-            trial.module = module
-            trial.verify(artifact.NOT_THIS.format(where))
-
+        signature = Signature(INPUTS, manifest.outputs, self.dtype, self.device)
         try:
-            self.module = package(where, eager, Signature(INPUTS, manifest.outputs, self.dtype, self.device), check)
+            self.module = artifact.compiled(self, where, eager, signature)
             self.kernel = "compiled"
         except (ArtifactError, MissingEngineError) as error:
             if kernel == "compiled" and isinstance(error, MissingEngineError):

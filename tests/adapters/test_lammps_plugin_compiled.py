@@ -12,11 +12,11 @@ import decks
 import packages
 from decks import TILTED, Deck, water
 from mlff_engines.artifact import load
-from mlff_engines.compilation import place
 from mlff_engines.structure import Structure
 from mlff_engines.validation.result import Claims, deviation
 from mlff_engines.validation.static.systems import crystal
 from mlff_lammps.engine import LAMMPSEngine
+from packages import package
 from requirements import require_compiler, require_engine
 
 require_engine("lammps")
@@ -37,11 +37,6 @@ def student(deck: Deck, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pa
         path = packages.student(tmp_path_factory, "plain")
         load(path, kernel="compiled")
         yield path
-
-
-def package(student: Path) -> Path:
-    loaded = load(student, kernel="torch")
-    return place(loaded.manifest.sha256, loaded.dtype, loaded.device)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

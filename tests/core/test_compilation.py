@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from mlff_engines.validation.result import STATIC, Claims
 from mlff_engines.validation.static.conformance import check_model
 from mlff_engines.validation.static.parity import reference
 from mlff_engines.validation.static.systems import cluster
+from packages import package, put
 from requirements import require_compiler
 
 require_compiler()
@@ -57,11 +57,6 @@ def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
     return tmp_path / "empty"
-
-
-def package(path: Path) -> Path:
-    manifest = inspect(path)
-    return place(manifest.sha256, getattr(torch, manifest.dtype), CPU)
 
 
 @pytest.mark.check(*STATIC)
@@ -194,7 +189,7 @@ def other_weights(path: Path, tmp_path: Path) -> Path:
     recast(made, tmp_path / "other.pt")
     package(tmp_path / "other.pt").parent.mkdir(parents=True, exist_ok=True)
     load(path, kernel="compiled")
-    _put(package(path).read_bytes(), tmp_path / "other.pt")
+    put(package(path).read_bytes(), tmp_path / "other.pt")
     return tmp_path / "other.pt"
 
 
@@ -215,14 +210,8 @@ def altered(path: Path, tmp_path: Path) -> Path:
 
 def no_package(path: Path, tmp_path: Path) -> Path:
     found = _rewritten(path, tmp_path, lambda content: content)
-    _put(b"not a package", found)
+    put(b"not a package", found)
     return found
-
-
-def _put(content: bytes, artifact: Path) -> None:
-    """As the package of `artifact`, with the hash that belongs to it."""
-    package(artifact).write_bytes(content)
-    package(artifact).with_suffix(".sha256").write_text(hashlib.sha256(content).hexdigest())
 
 
 def _rewritten(path: Path, tmp_path: Path, change: Any) -> Path:
@@ -230,7 +219,7 @@ def _rewritten(path: Path, tmp_path: Path, change: Any) -> Path:
     content = package(path).read_bytes()
     copy = tmp_path / "copy.pt"
     recast(load(path, kernel="torch"), copy)
-    _put(content, copy)
+    put(content, copy)
     package(copy).write_bytes(change(content))
     return copy
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,11 +12,11 @@ import torch
 import packages
 from kstep_jumps import ETHANOL, M, checkpoint
 from mlff_engines import cli, native
-from mlff_engines.compilation import place
 from mlff_engines.errors import ArtifactError, KernelWarning
 from mlff_engines.kstep.learned import LearnedJump, export_jump
 from mlff_engines.manifest import inspect
 from mlff_engines.structure import Structure
+from packages import package, put
 from requirements import require_compiler
 
 require_compiler()
@@ -39,10 +38,6 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if not out.is_file():
             export_jump(checkpoint(folder / "best", temperature=True, forces=True), out)
     return out
-
-
-def package(path: Path) -> Path:
-    return place(inspect(path).sha256, torch.float32, torch.device("cpu"))
 
 
 SYSTEMS = {
@@ -103,9 +98,7 @@ def test_package_of_another_jump(path: Path, tmp_path: Path) -> None:
     other = tmp_path / "jump.pt"
     export_jump(checkpoint(tmp_path / "best", seed=1, temperature=True, forces=True), other)
     LearnedJump.load(path, kernel="compiled")
-    content = package(path).read_bytes()
-    package(other).write_bytes(content)
-    package(other).with_suffix(".sha256").write_text(hashlib.sha256(content).hexdigest())
+    put(package(path).read_bytes(), other)
     with pytest.raises(ArtifactError, match=r"golden vector .* off by .*is not this artifact\. Delete it"):
         LearnedJump.load(other, kernel="compiled")
     with pytest.warns(KernelWarning, match=r"is not this artifact.*Plain torch is used"):
